@@ -1,0 +1,17 @@
+"""Post-training of language models: real data in, a trained and resumable model out, every step readable."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__version__ = "0.1.0"
+
+_SUBPACKAGES = ("cli", "errors", "models", "pipeline", "recipes", "training")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import subpackages on first use, so that ``import rollouts`` stays free of torch."""
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

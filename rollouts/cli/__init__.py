@@ -1,0 +1,1 @@
+"""The `rollouts` command: one module a verb, heavy imports inside the verb."""

@@ -1,0 +1,10 @@
+"""The one exception for bad input: a single line that says what was wrong, where, and what to do."""
+
+
+class UserError(Exception):
+    """Bad input from a person: a file, a recipe, a flag, a device.
+
+    The message is one line with three parts: what is wrong, where, what to do about it. The command
+    line prints it as ``error: <message>`` and exits with code 2; nothing may have been half-written
+    when it is raised. Bugs in our own code are never a ``UserError``.
+    """

@@ -1,0 +1,342 @@
+"""One forward pass of a step's tokens through the live model, keys and values going to the paged cache.
+
+``StructuredForward`` reads the weights of Llama-shaped models itself, without the dispatch of transformers' modules;
+``NativeForward`` does so in one compiled call for the rows that decode; ``GenericForward`` calls any other transformers
+model with its attention replaced. All read the module's own parameters at every step and hold no copy.
+
+Shapes: T tokens of the step, D of them decoding, B with logits, C hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rollouts.errors import UserError
+from rollouts.inference.attention import Step, paged_attention
+from rollouts.inference.kv_cache import PAGE_SIZE, KVCache
+from rollouts.inference.native import native_library
+
+# Architectures whose layers are exactly: norm, attention with rotary positions, norm, gated feed-forward.
+_STRUCTURED = ("llama", "mistral", "qwen2", "qwen3")
+_PAGED_ATTENTION = "rollouts_paged"
+
+
+class Forward(Protocol):
+    """A forward pass over the cache. ``needs_reads``: whether it wants ``step.reads``."""
+
+    needs_reads: bool
+
+    def __call__(self, step: Step, cache: KVCache) -> torch.Tensor:
+        """Logits [B, V] of ``step.outputs``."""
+        ...
+
+    def refresh(self) -> None:
+        """Look at the model anew: its parameters may be other objects now."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the cache must know of a model."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+
+    @classmethod
+    def of(cls, model: Any) -> ModelShape:
+        config = model.config
+        heads = config.num_attention_heads
+        return cls(
+            config.num_hidden_layers,
+            getattr(config, "num_key_value_heads", None) or heads,
+            getattr(config, "head_dim", None) or config.hidden_size // heads,
+            config.vocab_size,
+            config.max_position_embeddings,
+        )
+
+
+def make_forward(model: Any, max_length: int, native: bool = True) -> Forward:
+    """The fastest forward pass that fits the model; ``native=False`` keeps to torch operators.
+
+    Raises:
+        UserError: the model's rotary positions depend on the length of the sequence.
+    """
+    rope_type = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope_type in ("dynamic", "longrope"):
+        raise UserError(f"the engine cannot serve rope type {rope_type!r}: its frequencies change with the length")
+    if model.config.model_type in _STRUCTURED:
+        structured = StructuredForward(model, max_length)
+        if native and structured.fits_native() and (library := native_library()) is not None:
+            return NativeForward(structured, library)
+        return structured
+    return GenericForward(model)
+
+
+class StructuredForward:
+    """Llama, Mistral, Qwen2 and Qwen3. Linear layers that are not plain (LoRA) are called as modules."""
+
+    needs_reads = True
+
+    def __init__(self, model: Any, max_length: int) -> None:
+        base = model.model
+        config = self.config = model.config
+        self._model = model
+        self._layers = list(base.layers)
+        self.head_dim = self._layers[0].self_attn.head_dim
+        self.scale = self._layers[0].self_attn.scaling
+        self._eps = config.rms_norm_eps
+        windows = [getattr(layer.self_attn, "sliding_window", None) for layer in self._layers]
+        if config.model_type == "mistral":
+            windows = [config.sliding_window] * len(windows)
+        self.windows = windows
+        like = base.embed_tokens.weight
+        positions = torch.arange(max_length, device=like.device)[None]
+        cos, sin = base.rotary_emb(like.new_empty(0), positions)
+        self.cos, self.sin = cos[0], sin[0]  # [max_length, d], rounded as the model rounds them
+
+    def __call__(self, step: Step, cache: KVCache) -> torch.Tensor:
+        base = self._model.model
+        cos, sin = self.cos[step.positions, None], self.sin[step.positions, None]  # [T, 1, d]
+        x = F.embedding(step.token_ids, base.embed_tokens.weight)
+        for i, layer in enumerate(self._layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            h = self._norm(x, layer.input_layernorm)
+            query, key, value = (
+                _linear(h, linear).view(h.shape[0], -1, self.head_dim)
+                for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            if hasattr(attention, "q_norm"):
+                query, key = self._norm(query, attention.q_norm), self._norm(key, attention.k_norm)
+            query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+            out = paged_attention(query, key, value, cache.keys[i], cache.values[i], step, self.scale, self.windows[i])
+            x = x + _linear(out.flatten(1), attention.o_proj)
+            h = self._norm(x, layer.post_attention_layernorm)
+            x = x + _linear(mlp.act_fn(_linear(h, mlp.gate_proj)) * _linear(h, mlp.up_proj), mlp.down_proj)
+        return _linear(self._norm(x[step.outputs], base.norm), self._model.lm_head)
+
+    def refresh(self) -> None:
+        pass  # modules are asked for their parameters at every step
+
+    def parameters(self) -> list[torch.Tensor | None]:
+        """Embedding, last norm, output layer, and 15 a layer in the order of the compiled step's ``Layer``."""
+        base = self._model.model
+        tensors = [base.embed_tokens.weight, base.norm.weight, self._model.lm_head.weight]
+        for layer in base.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+            tensors += [layer.input_layernorm.weight, *(p.weight for p in projections), *(p.bias for p in projections)]
+            tensors += (
+                [attention.q_norm.weight, attention.k_norm.weight] if hasattr(attention, "q_norm") else [None] * 2
+            )
+            tensors += [layer.post_attention_layernorm.weight]
+            tensors += [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight]
+        return tensors
+
+    def fits_native(self) -> bool:
+        """Whether the compiled step can read this model: plain linear layers on the CPU, of widths that it takes."""
+        linears = {name: m for name, m in self._model.named_modules() if name.endswith(("_proj", "lm_head"))}
+        biased = {name for name, linear in linears.items() if getattr(linear, "bias", None) is not None}
+        if (
+            any(type(linear) is not nn.Linear for linear in linears.values())
+            or any(not name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")) for name in biased)
+            or self.config.hidden_act != "silu"
+        ):
+            return False
+        tensors = [x for x in self.parameters() if x is not None]
+        dtype = tensors[0].dtype
+        widths = (self.config.hidden_size, self.head_dim, self.config.intermediate_size)
+        return (
+            dtype in (torch.float32, torch.bfloat16)
+            and all(x.device.type == "cpu" and x.dtype == dtype and x.is_contiguous() for x in tensors)
+            and all(width % 16 == 0 for width in widths)
+        )
+
+    def _norm(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self._eps)
+        return norm.weight * y.to(x.dtype)
+
+
+class _NativeModel(ctypes.Structure):
+    """``Model`` of decode.cpp."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in (
+            "num_layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab_size", "num_threads")]
+        + [(name, ctypes.c_uint64) for name in ("layers", "embedding", "final_norm", "head", "cos", "sin")]
+        + [(name, ctypes.c_double) for name in ("eps", "scale")]
+    )  # fmt: skip
+
+
+class NativeForward:
+    """The rows that decode in one compiled call, the chunks of prompts by ``StructuredForward``."""
+
+    needs_reads = False
+
+    def __init__(self, structured: StructuredForward, library: ctypes.CDLL) -> None:
+        config = structured.config
+        self._structured = structured
+        self._heads = config.num_attention_heads
+        self._kv_heads = config.num_key_value_heads
+        self._cos, self._sin = structured.cos.float().contiguous(), structured.sin.float().contiguous()
+        self._layers = np.zeros((config.num_hidden_layers, 18), np.int64)
+        self._layers[:, 17] = [window or 0 for window in structured.windows]
+        self._model = _NativeModel(
+            config.num_hidden_layers, config.hidden_size, self._heads, self._kv_heads, structured.head_dim,
+            config.intermediate_size, config.vocab_size, 1, self._layers.ctypes.data, 0, 0, 0,
+            self._cos.data_ptr(), self._sin.data_ptr(), config.rms_norm_eps, structured.scale,
+        )  # fmt: skip
+        self._scratch = torch.empty(0)
+        bfloat16 = structured.parameters()[0].dtype == torch.bfloat16  # type: ignore[union-attr]
+        self._decode = library.decode_bfloat16 if bfloat16 else library.decode_float32
+        address, count = ctypes.c_void_p, ctypes.c_int64
+        self._decode.argtypes = (address, count, address, address, address, count, address, address, address)
+        self._decode.restype = None
+        self._shapes = [None if x is None else x.shape for x in structured.parameters()]
+        self.refresh()
+
+    def refresh(self) -> None:
+        self._parameters = self._structured.parameters()
+        self._addresses: list[int] = []  # none yet: looked up by the next step
+
+    def __call__(self, step: Step, cache: KVCache) -> torch.Tensor:
+        if step.num_decode == 0:
+            return self._structured(step, cache)
+        logits = self.decode(step, cache)
+        return torch.cat((logits, self._structured(without_decoding(step), cache))) if step.chunks else logits
+
+    def decode(self, step: Step, cache: KVCache) -> torch.Tensor:
+        """Logits [D, V] float32 of the decoding rows."""
+        self._point(cache)
+        model, rows, table = self._model, step.num_decode, cache.page_table
+        wide = max(model.heads * model.head_dim, model.hidden, model.intermediate)
+        floats = rows * (model.hidden + (model.heads + 2 * model.kv_heads) * model.head_dim + 2 * wide)
+        stack = 4 * table.shape[1] * PAGE_SIZE + model.heads // model.kv_heads * model.head_dim
+        if self._scratch.numel() < floats + model.num_threads * stack:
+            self._scratch = torch.empty(floats + model.num_threads * stack)
+        logits = torch.empty(rows, model.vocab_size)
+        self._decode(
+            ctypes.addressof(model), rows, step.token_ids.data_ptr(), step.positions.data_ptr(), table.ctypes.data,
+            table.shape[1], step.rows.data_ptr(), logits.data_ptr(), self._scratch.data_ptr(),
+        )  # fmt: skip
+        return logits
+
+    def _point(self, cache: KVCache) -> None:
+        """Write down where parameters and pages lie now: an assignment to a parameter's ``data`` moves it."""
+        self._model.num_threads = torch.get_num_threads()
+        addresses = [0 if x is None else x.data_ptr() for x in self._parameters]
+        if addresses != self._addresses:
+            shapes = [None if x is None else x.shape for x in self._parameters]
+            if not self._structured.fits_native() or shapes != self._shapes:
+                raise RuntimeError("a parameter has changed shape, precision or device under the engine")
+            self._addresses = addresses
+            self._model.embedding, self._model.final_norm, self._model.head = addresses[:3]
+            self._layers[:, :15] = np.array(addresses[3:]).reshape(-1, 15)
+            self._layers[:, 15] = [x.data_ptr() for x in cache.keys]
+            self._layers[:, 16] = [x.data_ptr() for x in cache.values]
+
+
+def without_decoding(step: Step) -> Step:
+    """The chunks alone."""
+    d = step.num_decode
+    return replace(
+        step,
+        token_ids=step.token_ids[d:],
+        positions=step.positions[d:],
+        pages=step.pages[d:],
+        offsets=step.offsets[d:],
+        num_decode=0,
+        chunks=[replace(chunk, first=chunk.first - d) for chunk in step.chunks],
+        outputs=step.outputs[d:] - d,
+    )
+
+
+def _linear(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    if type(module) is nn.Linear:
+        return F.linear(x, module.weight, module.bias)
+    return module(x)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class GenericForward:
+    """Any transformers causal model that takes its attention from transformers' attention interface."""
+
+    needs_reads = True
+
+    def __init__(self, model: Any) -> None:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
+        if not getattr(model, "_supports_attention_backend", False):
+            raise UserError(f"the engine cannot serve {type(model).__name__}: its attention cannot be replaced")
+        AttentionInterface.register(_PAGED_ATTENTION, _interface_attention)
+        AttentionMaskInterface.register(_PAGED_ATTENTION, sdpa_mask)
+        self._model = model
+
+    def refresh(self) -> None:
+        pass
+
+    def __call__(self, step: Step, cache: KVCache) -> torch.Tensor:
+        # The trainer of a shared model has its own attention: ours is in place only while this call lasts.
+        config = self._model.config
+        own = config._attn_implementation
+        was_training = self._model.training
+        config._attn_implementation = _PAGED_ATTENTION
+        self._model.eval()
+        try:
+            return self._model(
+                input_ids=step.token_ids[None],
+                position_ids=step.positions[None],
+                attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=step.token_ids.device),
+                use_cache=False,
+                logits_to_keep=step.outputs,
+                paged_step=step,
+                paged_cache=cache,
+            ).logits[0]
+        finally:
+            config._attn_implementation = own
+            self._model.train(was_training)
+
+
+def _interface_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    paged_step: Step | None = None,
+    paged_cache: KVCache | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: query [1, H, T, d], key and value [1, K, T, d] -> ([1, T, H, d], None)."""
+    if softcap is not None:
+        raise UserError(f"the engine cannot serve {type(module).__name__}: it caps its attention scores")
+    assert paged_step is not None and paged_cache is not None
+    out = paged_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        paged_cache.keys[module.layer_idx],
+        paged_cache.values[module.layer_idx],
+        paged_step,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window,
+    )
+    return out[None], None

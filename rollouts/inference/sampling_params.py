@@ -1,0 +1,89 @@
+"""What a request asks of the engine: how to choose each token, and when to stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rollouts.errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one request are chosen. The default samples from the model's own distribution.
+
+    The order of operations is transformers': penalties and ``logit_bias`` change the logits, then ``temperature``, then
+    ``top_k``, ``top_p`` and ``min_p`` each drop tokens from what the one before left.
+
+    Args:
+        max_tokens: tokens to sample at most, the stop token included.
+        temperature: 0 takes the likeliest token (greedy).
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the fewest likeliest tokens whose probabilities reach this sum.
+        min_p: drop tokens less likely than this fraction of the likeliest one.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output; 1 = none.
+        presence_penalty: subtracted from the logits of tokens in the output.
+        frequency_penalty: subtracted once for each time a token is in the output.
+        logit_bias: added to the logits of these token ids.
+        seed: the same seed gives the same text; None draws one from the engine's own seed.
+        stop_token_ids: ids that end the sample, as the model's own end ids do.
+        stop: strings that end the sample as soon as its text holds one; needs an engine with a tokenizer.
+        ignore_eos: go on past the model's own end ids (``stop_token_ids`` and ``stop`` still end the sample).
+        n: samples of the same prompt; sample i of a seeded request has a stream of random numbers of its own.
+        top_log_probs: also report the k likeliest tokens at each position, with raw log-probs.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    top_log_probs: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        in_range = {
+            "max_tokens": self.max_tokens >= 1,
+            "temperature": 0 <= self.temperature < math.inf,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "min_p": 0 <= self.min_p <= 1,
+            "repetition_penalty": 0 < self.repetition_penalty < math.inf,
+            "presence_penalty": math.isfinite(self.presence_penalty),
+            "frequency_penalty": math.isfinite(self.frequency_penalty),
+            "logit_bias": all(math.isfinite(b) for b in self.logit_bias.values()),
+            "seed": self.seed is None or 0 <= self.seed < 2**64,
+            "stop": all(self.stop),
+            "n": self.n >= 1,
+            "top_log_probs": self.top_log_probs >= 0,
+        }
+        for name, good in in_range.items():
+            if not good:
+                raise UserError(f"sampling parameter {name} is out of range: {getattr(self, name)!r}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens can never be sampled, so that log-probs and sampling frequencies differ."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def penalizes(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0

@@ -1,0 +1,45 @@
+"""New weights for a model in place, and a checksum of those that it has."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from rollouts.errors import UserError
+
+
+@torch.no_grad()
+def copy_weights(source: Mapping[str, torch.Tensor] | nn.Module, model: nn.Module) -> None:
+    """Copy parameters by name into ``model``'s own storage; tied parameters may be named once. Nothing or everything.
+
+    Raises:
+        UserError: a name is unknown or missing, or a shape differs; the model is unchanged then.
+    """
+    given = dict(source.named_parameters() if isinstance(source, nn.Module) else source)
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in given.items():
+        if name not in own:
+            raise UserError(f"weight update names {name!r}, which the model does not have")
+        if tensor.shape != own[name].shape:
+            raise UserError(
+                f"weight update: {name} has shape {list(tensor.shape)}, the model's has {list(own[name].shape)}"
+            )
+    covered = {id(own[name]) for name in given}
+    missing = [name for name, parameter in own.items() if id(parameter) not in covered]
+    if missing:
+        raise UserError(f"weight update lacks {missing[0]!r} and {len(missing) - 1} other parameters of the model")
+    for name, tensor in given.items():
+        if tensor.data_ptr() != own[name].data_ptr():
+            own[name].copy_(tensor)
+
+
+def weights_checksum(model: nn.Module) -> str:
+    """SHA-256 (hex) over name, dtype, shape and bytes of every parameter in order of names; tied ones count once."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

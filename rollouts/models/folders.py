@@ -1,0 +1,61 @@
+"""A folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rollouts.errors import UserError
+
+
+@contextmanager
+def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder to write into; it takes the name ``folder`` when the block ends without an exception.
+
+    Every file is flushed to disk before the rename. On an exception what was written is removed and ``folder`` is as it
+    was. With ``overwrite`` a folder of that name is replaced; for the moment between two renames neither has the name.
+
+    Raises:
+        UserError: ``folder`` is a file, or exists, is not empty, and ``overwrite`` is not set.
+    """
+    folder = Path(folder).expanduser().absolute()
+    check_free(folder, overwrite=overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            _flush(path)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+            folder.rename(old)
+            partial.rename(folder)
+            shutil.rmtree(old)
+        else:
+            partial.rename(folder)
+        _flush(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_free(folder: str | Path, *, overwrite: bool = False) -> None:
+    """Raise UserError if ``new_folder`` would refuse the name; worth calling before hours of work."""
+    folder = Path(folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give another name for the folder to write")
+    if folder.is_dir() and not overwrite and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is not empty; give another name, or remove it first")
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

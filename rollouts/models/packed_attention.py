@@ -1,0 +1,281 @@
+"""Causal attention over sequences packed back to back, each blind to the others, for any transformers model.
+
+The model computes one row ``[1, T]`` that holds n sequences; ``cu_seqlens`` [n+1] says where each begins. Importing
+this module registers the attention as ``"rollouts_packed"``; it behaves like transformers' ``sdpa`` whenever no
+``cu_seqlens`` comes with the call, so a model that carries it still generates, pads and caches as before.
+
+Shapes: H query heads, K key/value heads, T tokens, d head width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rollouts.native import native_library
+
+PACKED_ATTENTION = "rollouts_packed"
+
+_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# Without a matrix unit, CPU attention is slower in bfloat16 than in float32 (torch's backward by up to 3x).
+_CPU_ATTENTION_DTYPE = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Make ``model`` isolate packed sequences; call it with ``cu_seqlens`` and ``attention_mask=packed_mask()``."""
+    model.set_attn_implementation(PACKED_ATTENTION)
+
+
+def packed_mask(device: torch.device | str = "cpu") -> torch.Tensor:
+    """A 4-D stand-in mask [1, 1, 1, 1]: transformers takes it as ready-made and builds no [T, T] mask of its own."""
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def packed_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    sliding_window: int | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface. query [1, H, T, d], key and value [1, K, T, d] -> ([1, T, H, d], None)."""
+    if cu_seqlens is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout:
+        raise ValueError("packed attention has no dropout: set attention_dropout to 0 in the model's config")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    window = sliding_window if sliding_window is not None and (max_seqlen or 0) > sliding_window else None
+    if query.device.type == "cpu" and window is None:
+        # Casts stand outside the operator, where torch.compile fuses them into their neighbors.
+        dtype = _CPU_ATTENTION_DTYPE if query.dtype == torch.bfloat16 else query.dtype
+        out, _ = packed_attention_cpu(query.to(dtype), key.to(dtype), value.to(dtype), cu_seqlens, scale)
+        return out.transpose(1, 2).to(query.dtype), None
+    if query.is_cuda and query.dtype != torch.float32:
+        return _varlen_cuda(query, key, value, cu_seqlens, max_seqlen, scale, window), None
+    return _one_by_one(query, key, value, cu_seqlens, scale, window), None
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
+AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+
+
+def _varlen_cuda(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int | None,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = max_seqlen if max_seqlen is not None else query.shape[2]
+    out = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, torch.Tensor)
+    return out[None]
+
+
+def _one_by_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """SDPA per sequence: the slow way that works for every device, precision and window."""
+    outputs = []
+    bounds = cu_seqlens.tolist()
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        mask = None
+        if window is not None:
+            t = torch.arange(end - start, device=query.device)
+            distance = t[:, None] - t[None, :]
+            mask = (distance >= 0) & (distance < window)
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        outputs.append(
+            F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+@torch.library.custom_op("rollouts::packed_attention_cpu", mutates_args=())
+def packed_attention_cpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention within each sequence; one opaque operator, so that torch.compile never splits it.
+
+    query [1, H, T, d], key, value [1, K, T, d], cu_seqlens [n+1] int32 -> output [1, H, T, d] and the log-sum-exp of
+    the scores [1, H, T].
+    """
+    out = _empty_like_heads(query)
+    lse = query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
+    if _run_native("packed_attention_forward", query, key, value, cu_seqlens, scale, out, lse):
+        return out, lse
+    key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
+    bounds = cu_seqlens.tolist()
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        out[:, :, start:end], lse[:, :, start:end] = _flash_forward(q, k, v, 0.0, True, scale=scale)
+    return out, lse
+
+
+@packed_attention_cpu.register_fake
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _empty_like_heads(query), query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
+
+
+@torch.library.custom_op("rollouts::packed_attention_cpu_backward", mutates_args=())
+def _packed_attention_cpu_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_query, grad_key, grad_value = (_empty_like_heads(x) for x in (query, key, value))
+    grads = {"grad": grad, "grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value}
+    if _run_native("packed_attention_backward", query, key, value, cu_seqlens, scale, out, lse, **grads):
+        return grad_query, grad_key, grad_value
+    num_kv_heads, num_heads = key.shape[1], query.shape[1]
+    key, value = _repeat_heads(key, num_heads), _repeat_heads(value, num_heads)
+    bounds = cu_seqlens.tolist()
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        g, q, k, v, o = (x[:, :, start:end] for x in (grad, query, key, value, out))
+        gq, gk, gv = _flash_backward(g, q, k, v, o, lse[:, :, start:end], 0.0, True, scale=scale)
+        grad_query[:, :, start:end] = gq
+        grad_key[:, :, start:end] = _sum_repeated(gk, num_kv_heads)
+        grad_value[:, :, start:end] = _sum_repeated(gv, num_kv_heads)
+    return grad_query, grad_key, grad_value
+
+
+@_packed_attention_cpu_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _empty_like_heads(query), _empty_like_heads(key), _empty_like_heads(value)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's protocol
+    query, key, value, cu_seqlens, scale = inputs
+    ctx.save_for_backward(query, key, value, *output, cu_seqlens)
+    ctx.scale = scale
+
+
+def _backward(ctx, grad: torch.Tensor, _grad_lse: torch.Tensor):  # type: ignore[no-untyped-def]  # torch's protocol
+    return *_packed_attention_cpu_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
+
+
+packed_attention_cpu.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    repeats = num_heads // x.shape[1]
+    return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
+
+
+def _sum_repeated(x: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """The gradient of ``_repeat_heads``: [1, H, T, d] -> [1, K, T, d]."""
+    return x if x.shape[1] == num_kv_heads else x.unflatten(1, (num_kv_heads, -1)).sum(dim=2)
+
+
+def _lse_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _empty_like_heads(x: torch.Tensor) -> torch.Tensor:
+    """An uninitialized [1, H, T, d] laid out as [1, T, H, d], the layout that the output projection reads."""
+    b, h, t, d = x.shape
+    return x.new_empty((b, t, h, d)).transpose(1, 2)
+
+
+class _Heads(ctypes.Structure):
+    """``Tensor`` of packed_attention.cpp: an address and the strides of tokens and heads."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("token", ctypes.c_int64), ("head", ctypes.c_int64))
+
+
+class _Call(ctypes.Structure):
+    """``Call`` of packed_attention.cpp."""
+
+    _fields_ = (
+        *((name, _Heads) for name in ("query", "key", "value", "out", "grad", "grad_query", "grad_key", "grad_value")),
+        *((name, ctypes.c_void_p) for name in ("lse", "bounds")),
+        *((name, ctypes.c_int64) for name in ("sequences", "tokens", "heads", "kv_heads", "head_dim", "threads")),
+        ("scale", ctypes.c_double),
+    )
+
+
+def _run_native(
+    function: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    **grads: torch.Tensor,
+) -> bool:
+    """Compute in C++, about twice as fast as torch: nothing above the diagonal, no call a sequence. False: not here."""
+    if query.dtype != torch.float32:
+        return False
+    library = native_library(Path(__file__).with_suffix(".cpp"))
+    if library is None:
+        return False
+    tensors = {"query": query, "key": key, "value": value, "out": out, **grads}
+    tensors = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in tensors.items()}
+    bounds = cu_seqlens.contiguous()
+    call = _Call(
+        **{name: _Heads(x.data_ptr(), x.stride(2), x.stride(1)) for name, x in tensors.items()},
+        lse=lse.data_ptr(),
+        bounds=bounds.data_ptr(),
+        sequences=len(bounds) - 1,
+        tokens=query.shape[2],
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        head_dim=query.shape[3],
+        threads=torch.get_num_threads(),
+        scale=scale,
+    )
+    return bool(getattr(library, function)(ctypes.byref(call)))

@@ -1,0 +1,81 @@
+"""OpenAI's messages and tools as chat templates expect them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rollouts.serving.errors import RequestError
+from rollouts.serving.openai_schema import ChatRequest, Message, MessageToolCall
+from rollouts.serving.strict_json import parse_json
+
+RESERVED = {
+    "messages",
+    "tools",
+    "chat_template",
+    "add_generation_prompt",
+    "tokenize",
+    "return_dict",
+    "continue_final_message",
+}
+
+
+def template_messages(request: ChatRequest) -> list[dict[str, Any]]:
+    """Messages with text as one string and tool arguments as objects, which every family's template can render.
+
+    Raises:
+        RequestError: a tool call's arguments are not a JSON object, or a message that needs content has none.
+    """
+    return [_message(message, f"messages.{i}") for i, message in enumerate(request.messages)]
+
+
+def _message(message: Message, where: str) -> dict[str, Any]:
+    content = message.content
+    if content is None and not message.tool_calls:
+        raise RequestError(f"{where}.content: a message without tool calls needs content", f"{where}.content")
+    text = "".join(part.text for part in content) if isinstance(content, list) else content or ""
+    rendered: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": text}
+    if message.tool_calls:
+        rendered["tool_calls"] = [_call(call, f"{where}.tool_calls.{i}") for i, call in enumerate(message.tool_calls)]
+    for field in ("name", "tool_call_id", "reasoning_content"):
+        if getattr(message, field) is not None:
+            rendered[field] = getattr(message, field)
+    return rendered
+
+
+def _call(call: MessageToolCall, where: str) -> dict[str, Any]:
+    param = f"{where}.function.arguments"
+    try:
+        arguments = parse_json(call.function.arguments.encode())
+    except RequestError as error:
+        raise RequestError(f"{param}: {error.message.replace('the body', 'the text')}", param) from error
+    if not isinstance(arguments, dict):
+        raise RequestError(f"{param}: arguments are a JSON object, as text", param)
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+
+
+def template_tools(request: ChatRequest) -> list[dict[str, Any]] | None:
+    """The tools that the model is told of; None when there are none or ``tool_choice`` is none.
+
+    Raises:
+        RequestError: a choice that only constrained decoding could force.
+    """
+    choice = request.tool_choice
+    if choice not in (None, "none", "auto"):
+        raise RequestError(
+            "tool_choice: only auto and none are supported; say in the prompt which to call", "tool_choice"
+        )
+    if choice == "auto" and not request.tools:
+        raise RequestError("tool_choice: there are no tools to choose from; send tools", "tool_choice")
+    if not request.tools or choice == "none":
+        return None
+    return [tool.model_dump(exclude_none=True) for tool in request.tools]
+
+
+def template_options(request: ChatRequest) -> dict[str, Any]:
+    """The request's own variables for the template, such as Qwen3's ``enable_thinking``. Raises RequestError."""
+    options = request.chat_template_kwargs or {}
+    refused = RESERVED.intersection(options)
+    if refused:
+        name = f"chat_template_kwargs.{min(refused)}"
+        raise RequestError(f"{name} cannot be set: templates come from the model's folder only", name)
+    return options

@@ -1,0 +1,63 @@
+"""The door of the server: who may ask, by what the head of a request tells."""
+
+from __future__ import annotations
+
+import hmac
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from rollouts.serving.errors import RequestError, error_response
+from rollouts.serving.settings import Settings, host_is_allowed
+
+OPEN_PATHS = ("/health",)  # for load balancers, which carry no key
+
+
+class Guard:
+    """ASGI middleware: checks Host, Origin and the bearer token of every method."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app, self.settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            check_head(scope, self.settings)
+        except RequestError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+
+def check_head(scope: Scope, settings: Settings) -> None:
+    """Check what a request's head alone tells. Raises RequestError."""
+    headers: dict[bytes, list[bytes]] = {}
+    for name, value in scope["headers"]:
+        headers.setdefault(name, []).append(value)
+    hosts = [host.decode("latin-1") for host in headers.get(b"host", [])]
+    if len(hosts) != 1 or not host_is_allowed(hosts[0], settings):
+        raise RequestError(
+            "the Host header does not name this server; use localhost, or start it with --allow-host NAME",
+            param="Host",
+            status=403,
+        )
+    allowed_origins = {f"{scheme}://{hosts[0]}".lower() for scheme in ("http", "https")}
+    if any(origin.decode("latin-1").lower() not in allowed_origins for origin in headers.get(b"origin", [])):
+        raise RequestError("requests from pages of other sites are refused", param="Origin", status=403)
+    if settings.api_key is not None and scope["path"] not in OPEN_PATHS:
+        given = headers.get(b"authorization", [b""])[0]
+        if not hmac.compare_digest(given, b"Bearer " + settings.api_key.encode()):
+            raise RequestError(
+                "the API key is missing or wrong; send the header Authorization: Bearer KEY",
+                param="Authorization",
+                status=401,
+                code="invalid_api_key",
+            )
+    length = headers.get(b"content-length", [b"0"])[0]
+    if not length.isdigit() or len(length) > 18 or int(length) > settings.max_body_bytes:
+        raise body_too_large(settings)
+
+
+def body_too_large(settings: Settings) -> RequestError:
+    return RequestError(f"the body is larger than {settings.max_body_bytes:,} bytes; send less", status=413)

@@ -1,0 +1,39 @@
+"""Training: data, losses, backends and the loops that join them. Names are imported when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "types": ("ImmediateTrainFuture", "RLSample", "Sample", "SampleStatus", "SFTTrainingConfig", "TrainFuture",
+              "TrainingConfig", "WeightSpan"),
+    "sft_losses": ("DeferredLogits", "LossOutput", "causal_lm_loss"),
+    "backends": ("FSDPConfig", "FSDPTrainingBackend", "OptimizerConfig", "PyTorchTrainingBackend", "ScheduleConfig",
+                 "TrainingBackend", "create_backend_with_scheduler", "create_fsdp_backend", "create_pytorch_backend"),
+    "loops": ("PretrainingConfig", "collate_batch", "prepare_sft_batch", "run_pretraining", "run_sft_training"),
+    "datasets.sft": ("compute_loss_mask", "prepare_sft_sample", "tokenize_conversation"),
+    "datasets.sources": ("DatasetSpec",),
+    "datasets.data_buffer": ("DataBuffer", "create_buffer_from_jsonl", "load_prompts_from_jsonl",
+                             "load_prompts_from_list"),
+    "datasets.dataset_loaders": ("SampleDataset", "export_samples_to_huggingface_format", "export_samples_to_jsonl",
+                                 "load_dataset_with_answers", "load_rl_prompts", "load_samples_from_jsonl",
+                                 "load_sft_dataset", "load_sft_samples"),
+    "datasets.packing": ("best_fit_bins",),
+    "metrics": ("CompositeLogger", "ConsoleLogger", "JSONLLogger", "MetricsLogger", "TensorBoardLogger",
+                "TrackioLogger", "WandbLogger", "compute_stats_from_jsonl"),
+    "model_utils": ("load_hf_model",),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

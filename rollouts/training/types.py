@@ -1,0 +1,226 @@
+"""The values that flow through training: samples, batches, configurations and the awaitable result."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+class SampleStatus(StrEnum):
+    """How far a sample got: only COMPLETED and TRUNCATED samples carry a whole response."""
+
+    PENDING = "pending"
+    COMPLETED = "completed"
+    TRUNCATED = "truncated"
+    ABORTED = "aborted"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class WeightSpan:
+    """Tokens ``[start, end)`` of a sample were sampled by weights of this version."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass
+class Sample:
+    """One sequence to learn from: a conversation (SFT), a document (pre-training) or a rollout (RL).
+
+    Every per-token field has ``len(tokens)`` entries and index ``t`` speaks of ``tokens[t]`` itself,
+    not of the prediction made at ``t``: ``loss_mask[t] == 1`` means "learn to produce ``tokens[t]``".
+    ``rollout_log_probs`` and ``advantages`` may be given for the masked tokens' full length or be None.
+
+    Raises:
+        ValueError: a per-token field's length differs from ``len(tokens)``.
+    """
+
+    tokens: Sequence[int] = ()
+    loss_mask: Sequence[float] = ()
+    prompt: str | list[dict[str, Any]] = ""
+    response: str = ""
+    id: str = ""
+    group_id: str = ""
+    rollout_log_probs: Sequence[float] | None = None
+    advantages: Sequence[float] | None = None
+    reward: float | None = None
+    rewards: dict[str, float] = field(default_factory=dict)
+    status: SampleStatus = SampleStatus.COMPLETED
+    stop_reason: str | None = None
+    weight_versions: list[WeightSpan] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = len(self.tokens)
+        for name in ("loss_mask", "rollout_log_probs", "advantages"):
+            values = getattr(self, name)
+            if values is not None and len(values) != n:
+                raise ValueError(f"Sample {self.id!r}: {name} has {len(values)} entries for {n} tokens")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens that carry loss: masked in, and not the first (nothing predicts a first token)."""
+        return sum(1 for m in self.loss_mask[1:] if m)
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """``tokens`` as an int64 tensor [len]."""
+        import torch
+
+        return torch.as_tensor(self.tokens, dtype=torch.int64)
+
+    labels = input_ids  # the loss shifts; labels are the tokens themselves
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; ``from_dict`` gives back an equal sample."""
+        d = asdict(self)
+        d["status"] = self.status.value
+        for name in ("tokens", "loss_mask", "rollout_log_probs", "advantages"):
+            if d[name] is not None:
+                d[name] = [x.item() if hasattr(x, "item") else x for x in d[name]]
+        return d
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Sample:
+        """Inverse of ``to_dict``; leaves ``data`` untouched, keeps unknown keys in ``metadata``."""
+        known = {k: v for k, v in data.items() if k in cls.__dataclass_fields__}
+        known["status"] = SampleStatus(known.get("status", SampleStatus.COMPLETED))
+        known["weight_versions"] = [
+            w if isinstance(w, WeightSpan) else WeightSpan(**w) for w in known.get("weight_versions", ())
+        ]
+        known["metadata"] = {**known.get("metadata", {}), **{k: v for k, v in data.items() if k not in known}}
+        return cls(**known)
+
+
+RLSample = Sample  # the checklist's second name for the same thing
+
+
+class TrainFuture(Generic[T]):
+    """The result of one backend operation: ``await future``, ``await future.result()`` or ``future.wait()``.
+
+    Operations take effect in the order they were submitted, whenever their futures are awaited. ``None`` is a
+    value like any other, and an exception raised by the operation is raised again by every way of waiting.
+
+    Args:
+        operation: name shown in messages, for example ``"forward_backward"``.
+    """
+
+    def __init__(self, operation: str = "") -> None:
+        self.operation = operation
+        self._done = threading.Event()
+        self._value: T | None = None
+        self._read: Callable[[], T] | None = None
+        self._error: BaseException | None = None
+
+    def set_result(self, value: T) -> None:
+        """Complete with ``value``. Raises RuntimeError if already complete."""
+        self._complete()
+        self._value = value
+        self._done.set()
+
+    def set_lazy_result(self, read: Callable[[], T]) -> None:
+        """Complete with a value that is read on first use, so that a GPU is not synchronized before someone looks."""
+        self._complete()
+        self._read = read
+        self._done.set()
+
+    def set_exception(self, error: BaseException) -> None:
+        """Complete with an exception, raised to whoever waits."""
+        self._complete()
+        self._error = error
+        self._done.set()
+
+    def _complete(self) -> None:
+        if self._done.is_set():
+            raise RuntimeError(f"TrainFuture({self.operation!r}) is already complete")
+
+    def done(self) -> bool:
+        return self._done.is_set()
+
+    def wait(self, timeout: float | None = None) -> T:
+        """Block until complete and return the value. Raises TimeoutError after ``timeout`` seconds."""
+        if not self._done.wait(timeout):
+            raise TimeoutError(f"{self.operation or 'operation'} did not complete in {timeout} s")
+        if self._error is not None:
+            raise self._error
+        if self._read is not None:
+            self._value, self._read = self._read(), None
+        return self._value  # type: ignore[return-value]
+
+    def result(self) -> TrainFuture[T]:
+        """The awaitable itself, so that ``await backend.optim_step().result()`` reads as in the field."""
+        return self
+
+    def __await__(self) -> Generator[Any, None, T]:
+        if not self._done.is_set():
+            import anyio.to_thread
+
+            yield from anyio.to_thread.run_sync(self._done.wait).__await__()
+        return self.wait()
+
+    def __repr__(self) -> str:
+        state = "failed" if self._error else "done" if self.done() else "pending"
+        return f"TrainFuture({self.operation!r}, {state})"
+
+
+class ImmediateTrainFuture(TrainFuture[T]):
+    """A future that is complete from the start."""
+
+    def __init__(self, value: T, operation: str = "") -> None:
+        super().__init__(operation)
+        self.set_result(value)
+
+
+@dataclass(frozen=True)
+class SFTTrainingConfig:
+    """How long and how to train; everything about the model and optimizer lives in the backend.
+
+    Args:
+        num_steps: optimizer steps in the whole run (a resumed run stops at the same step).
+        batch_size: samples per optimizer step, over all ranks and micro-batches.
+        max_tokens_per_micro_batch: tokens of one packed forward pass on one rank; a longer sample has one to itself.
+        packing: pack samples of a step back to back, isolated from one another; False pads them into rows.
+        shuffle, seed: reshuffle every epoch from ``(seed, epoch)``; False keeps the given order.
+        log_every, eval_every, checkpoint_every: steps between console lines, validations and checkpoints; 0 = never
+            (a checkpoint at the last step is always written, and the last step is always validated).
+        early_stopping_patience: stop after this many validations without a lower loss; 0 = never.
+        keep_checkpoints: newest checkpoints kept on disk; 0 keeps all.
+        max_bad_steps: abort after this many steps in a row with a non-finite gradient.
+    """
+
+    num_steps: int
+    batch_size: int
+    max_tokens_per_micro_batch: int = 8192
+    packing: bool = True
+    shuffle: bool = True
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    early_stopping_patience: int = 0
+    keep_checkpoints: int = 3
+    max_bad_steps: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "max_tokens_per_micro_batch", "max_bad_steps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("log_every", "eval_every", "checkpoint_every", "early_stopping_patience", "keep_checkpoints"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 (never) or more, got {getattr(self, name)}")
+
+
+TrainingConfig = SFTTrainingConfig

@@ -1,0 +1,109 @@
+"""The command itself: quick help, one-line errors, verbs and overrides."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rollouts
+from rollouts.cli.main import VERBS, main, split_overrides
+from rollouts.errors import UserError
+
+ROOT = Path(rollouts.__file__).parents[1]
+
+
+def seconds_of(*args: str) -> float:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, *args], cwd=ROOT, check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+@pytest.mark.parametrize("args", [("-m", "rollouts", "--help"), ("-c", "import rollouts")])
+def test_help_and_import_answer_at_once(args: tuple[str, ...]) -> None:
+    assert min(seconds_of(*args) for _ in range(5)) < 0.5
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, rollouts.cli.main as m; m.build_parser(); "
+        "print([x for x in ('torch', 'transformers', 'datasets', 'pyarrow', 'numpy', 'pydantic') if x in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
+
+
+def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in VERBS:
+        with pytest.raises(SystemExit) as done:
+            main([verb, "--help"])
+        assert done.value.code == 0
+        assert f"rollouts {verb}" in capsys.readouterr().out
+
+
+def test_no_verb_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "verbs:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["stf"], "'stf' is not a verb of rollouts; did you mean sft?"),
+        (["fly"], "'fly' is not a verb of rollouts; the verbs are "),
+        (["sft", "a.yaml", "--train.batch_size"], "--train.batch_size has no value; write --train.batch_size VALUE"),
+        (["sft", "a.yaml", "--train.batch_size", "--dry-run"], "--train.batch_size has no value"),
+        (["sft", "a.yaml", "b.yaml"], "unrecognized arguments: b.yaml; see rollouts --help"),
+        (["sft", "none.yaml"], "none.yaml: no such recipe"),
+    ],
+)
+def test_one_line_and_exit_code_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"error: {message}")
+    assert captured.err.count("\n") == 1
+
+
+def test_overrides_may_stand_anywhere() -> None:
+    argv = ["--train.batch-size", "4", "recipe.yaml", "--seed=-1", "--dry-run", "--model", "a=b", "--run_dir=x y"]
+    assert split_overrides(argv, ["--dry-run", "--help"]) == (
+        ["recipe.yaml", "--dry-run"],
+        {"train.batch_size": "4", "seed": "-1", "model": "a=b", "run_dir": "x y"},
+    )
+
+
+@given(
+    st.dictionaries(st.from_regex(r"[a-z_]{1,8}(\.[a-z_]{1,8})?", fullmatch=True), st.text(max_size=8)), st.booleans()
+)
+def test_split_overrides_loses_nothing(overrides: dict[str, str], glued: bool) -> None:
+    argv = ["recipe.yaml"]
+    for key, value in overrides.items():
+        if value.startswith("--") and not glued:
+            value = "v"
+            overrides = overrides | {key: value}
+        argv += [f"--{key}={value}"] if glued else [f"--{key}", value]
+    assert split_overrides(argv, ["--dry-run"]) == (["recipe.yaml"], overrides)
+
+
+def test_split_overrides_needs_values() -> None:
+    with pytest.raises(UserError, match="--seed has no value"):
+        split_overrides(["--seed"], [])
+
+
+def test_dry_run_prints_the_resolved_recipe_and_makes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text("model: org/model\ndata: {train: rows.jsonl}\n")
+    assert main(["sft", "--train.batch_size", "5", "r.yaml", "--dry-run"]) == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert (resolved["kind"], resolved["train"]["batch_size"]) == ("sft", 5)
+    assert resolved["run_dir"] == str(tmp_path / "runs" / "r")
+    assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]

@@ -1,0 +1,95 @@
+"""Fixtures shared by all tests: real data where it is at hand, and a tiny tokenizer and model made on the spot."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Set before torch or transformers is imported: tests never reach a network, and workers running side by side share the
+# cores instead of each starting one thread per core.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data files; tests that need it are skipped where it is absent."""
+    beside_repository = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("ROLLOUTS_TEST_DATA") or beside_repository)
+    if not folder.is_dir():
+        pytest.skip("no real data here: set ROLLOUTS_TEST_DATA to the folder that holds it")
+    return folder
+
+
+PEOPLE = "Anna Boris Clara David Elena Farid Grace Hugo Irina Jonas Kamila Leo Marta Nadia Oscar Priya"
+VERBS = "sees finds carries paints counts borrows follows remembers describes visits trusts opens"
+THINGS = (
+    "apple bridge candle dragon engine forest garden harbor island journal kettle lantern mirror needle orchard "
+    "pencil quilt river shadow table umbrella violin window yellow zebra"
+)
+PLACES = "morning village winter station mountain library kitchen market ocean castle factory hospital"
+
+
+def tiny_texts(count: int = 2000, seed: int = 0) -> Iterator[str]:
+    """Simple sentences and sums, made by code: varied enough for a few hundred merges."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        a, b = rng.randrange(100), rng.randrange(100)
+        person, verb, thing, other, place = (
+            rng.choice(words.split()) for words in (PEOPLE, VERBS, THINGS, THINGS, PLACES)
+        )
+        yield rng.choice(
+            (
+                f"{person} {verb} the {thing} near the {place}.",
+                f"What is {a} + {b}? The answer is {a + b}.",
+                f"Please tell me about the {thing} and the {other}.\n",
+            )
+        )
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with exactly 512 tokens and the project's chat template."""
+    from rollouts.models.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(tiny_texts(), vocab_size=512)
+    assert len(tokenizer) == 512
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def make_tiny_model(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedModel]:
+    """``make_tiny_model(seed=0, dtype=torch.float32, **changes)``: a new random Qwen3 with 512 tokens and 2 layers."""
+    import torch
+
+    from rollouts.models.make import ModelConfig, make_model
+
+    torch.set_num_threads(1)
+    tiny = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+
+    def make(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
+        return make_model(ModelConfig(**{**tiny, **changes}), tiny_tokenizer, seed=seed, dtype=dtype)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(
+    make_tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The tiny model and tokenizer saved in the Hugging Face layout; read-only by agreement, copy it to change it."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    make_tiny_model().save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,218 @@
+"""New weights under a running engine: what was sampled by which, and that nothing of the old ones is found again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from plain import plain_greedy, plain_log_probs, random_prompt
+from transformers import PreTrainedModel
+
+from rollouts.errors import UserError
+from rollouts.inference import Completion, EmbeddedEngine, SamplingParams, StopReason
+from rollouts.training.types import WeightSpan
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+LONG = SamplingParams(max_tokens=400, seed=0, ignore_eos=True)
+PROMPT = random_prompt(40)
+
+
+@pytest.fixture
+def model(make_peaked_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    return make_peaked_model(seed=0)
+
+
+@pytest.fixture
+def other(make_peaked_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    return make_peaked_model(seed=1)
+
+
+@pytest.fixture
+def engine(model: PreTrainedModel) -> Iterator[EmbeddedEngine]:
+    with EmbeddedEngine(model, max_length=1024, max_rows=4, weight_version=5) as engine:
+        yield engine
+
+
+def in_background(engine: EmbeddedEngine, count: int = 1) -> tuple[threading.Thread, list[Completion]]:
+    """``count`` long samples, of which as many as there are rows are under way."""
+    results: list[Completion] = []
+    prompts = [random_prompt(40, seed) for seed in range(count)]
+    thread = threading.Thread(target=lambda: results.extend(engine.generate_batch(prompts, LONG)))
+    before = engine.num_sampled_tokens
+    thread.start()
+    deadline = time.monotonic() + 20
+    while engine.num_sampled_tokens < before + 3 * min(count, 4):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return thread, results
+
+
+def test_a_trainer_changes_shared_weights_in_place(engine: EmbeddedEngine, model: PreTrainedModel) -> None:
+    (before,) = engine.generate_batch([PROMPT], GREEDY)
+    with engine.paused(), torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    assert engine.update_weights().wait(10) == 6
+    (after,) = engine.generate_batch([PROMPT], GREEDY)
+    assert after.num_cached_tokens == 0  # cached text is of weights that are no more
+    assert after.token_ids == plain_greedy(model, PROMPT, 24) != before.token_ids
+    assert (before.weight_version, after.weight_version) == (5, 6)
+
+
+@pytest.mark.parametrize("as_model", [True, False])
+def test_weights_are_copied_into_the_engines_own_storage(
+    engine: EmbeddedEngine, model: PreTrainedModel, other: PreTrainedModel, as_model: bool
+) -> None:
+    places = [p.data_ptr() for p in model.parameters()]
+    engine.update_weights(other if as_model else other.state_dict(), version=9).wait(10)
+    assert [p.data_ptr() for p in model.parameters()] == places
+    (got,) = engine.generate_batch([PROMPT], GREEDY)
+    assert got.token_ids == plain_greedy(other, PROMPT, 24)
+    assert got.weight_versions == [WeightSpan(9, 0, 24)]
+    with EmbeddedEngine(other, max_length=64) as reference:
+        assert engine.weights_checksum() == reference.weights_checksum()
+
+
+def test_draining_lets_samples_in_flight_end_on_the_old_weights(
+    engine: EmbeddedEngine, model: PreTrainedModel, other: PreTrainedModel
+) -> None:
+    expected = engine.generate_batch([random_prompt(40, seed) for seed in range(6)], LONG)
+    thread, results = in_background(engine, count=6)  # four rows: two of the six have not begun
+    future = engine.update_weights(other, mode="drain")
+    (late,) = engine.generate_batch([PROMPT], GREEDY)
+    thread.join()
+    assert future.done()
+    for old, got in zip(expected[:4], results[:4], strict=True):
+        assert got.token_ids == old.token_ids
+        assert got.weight_versions == [WeightSpan(5, 0, 400)]
+    for seed in (4, 5):
+        assert results[seed].weight_versions == [WeightSpan(6, 0, 400)]
+        got_log_probs = results[seed].log_probs
+        torch.testing.assert_close(
+            got_log_probs, plain_log_probs(other, random_prompt(40, seed), results[seed].token_ids), atol=1e-4, rtol=0
+        )
+    assert late.weight_version == 6
+    assert late.token_ids == plain_greedy(other, PROMPT, 24)
+
+
+def test_continuing_samples_tell_which_version_sampled_what(
+    engine: EmbeddedEngine, model: PreTrainedModel, other: PreTrainedModel
+) -> None:
+    (old,) = engine.generate_batch([PROMPT], LONG)
+    thread, results = in_background(engine)
+    engine.update_weights(other, mode="continue").wait(10)
+    thread.join()
+    (got,) = results
+    first, second = got.weight_versions
+    assert (first.version, second.version) == (5, 6)
+    assert (first.start, first.end, second.end) == (0, second.start, 400)
+    assert got.token_ids[: first.end] == old.token_ids[: first.end]
+    assert got.token_ids != old.token_ids
+    (after,) = engine.generate_batch([PROMPT + got.token_ids], GREEDY)
+    assert after.num_cached_tokens == 0  # its keys and values are of both weights: nobody else may use them
+    assert after.token_ids == plain_greedy(other, PROMPT + got.token_ids, 24)
+
+
+def test_aborted_samples_keep_what_they_have(engine: EmbeddedEngine, other: PreTrainedModel) -> None:
+    (old,) = engine.generate_batch([PROMPT], LONG)
+    thread, results = in_background(engine, count=5)
+    engine.update_weights(other, mode="abort").wait(10)
+    thread.join()
+    assert [c.stop_reason for c in results] == [StopReason.ABORTED] * 4 + [StopReason.LENGTH]
+    assert 0 < len(results[0].token_ids) < 400
+    assert results[0].token_ids == old.token_ids[: len(results[0].token_ids)]
+    assert results[0].weight_versions == [WeightSpan(5, 0, len(results[0].token_ids))]
+    assert results[4].weight_version == 6  # it had not begun: it waited for the new weights
+
+
+def test_prompts_half_computed_begin_anew(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    prompt = random_prompt(900)
+    with EmbeddedEngine(model, max_length=1024, step_tokens=16) as engine:
+        results: list[Completion] = []
+        thread = threading.Thread(target=lambda: results.extend(engine.generate_batch([prompt], GREEDY)))
+        thread.start()
+        while engine.num_prefilled_tokens < 32:
+            time.sleep(0.0005)
+        assert engine.num_prefilled_tokens < 900
+        engine.update_weights(other, mode="continue").wait(10)
+        thread.join()
+    assert results[0].token_ids == plain_greedy(other, prompt, 24)
+    assert results[0].weight_versions == [WeightSpan(1, 0, 24)]
+
+
+def test_replaced_parameters_are_served_after_an_update(
+    engine: EmbeddedEngine, model: PreTrainedModel, other: PreTrainedModel
+) -> None:
+    """As ``load_state_dict(assign=True)`` leaves them: other objects in other places."""
+    engine.generate_batch([PROMPT], GREEDY)
+    with engine.paused():
+        model.load_state_dict({k: v.clone() for k, v in other.state_dict().items()}, assign=True)
+        model.tie_weights()
+    engine.update_weights().wait(10)
+    (got,) = engine.generate_batch([PROMPT], GREEDY)
+    assert got.token_ids == plain_greedy(other, PROMPT, 24)
+
+
+@pytest.mark.parametrize("fault", ["unknown", "missing", "shape"])
+def test_weights_that_do_not_fit_change_nothing(
+    engine: EmbeddedEngine, model: PreTrainedModel, other: PreTrainedModel, fault: str
+) -> None:
+    checksum = engine.weights_checksum()
+    state = dict(other.state_dict())
+    name = "model.layers.1.mlp.up_proj.weight"
+    if fault == "unknown":
+        state["model.layers.7.mlp.up_proj.weight"] = state[name]
+    elif fault == "missing":
+        del state[name]
+    else:
+        state[name] = state[name][:3]
+    with pytest.raises(UserError, match=r"up_proj"):
+        engine.update_weights(state).wait(10)
+    assert engine.weights_checksum() == checksum
+    assert engine.weight_version == 5
+    with pytest.raises(UserError, match="drain"):
+        engine.update_weights(mode="later")  # type: ignore[arg-type]
+
+
+def test_tied_weights_may_be_named_once_or_twice(engine: EmbeddedEngine, other: PreTrainedModel) -> None:
+    state = dict(other.state_dict())
+    assert "lm_head.weight" in state
+    engine.update_weights(state).wait(10)
+    del state["lm_head.weight"]
+    engine.update_weights(state).wait(10)
+
+
+def test_the_checksum_sees_one_changed_bit(engine: EmbeddedEngine, model: PreTrainedModel) -> None:
+    before = engine.weights_checksum()
+    weight = model.model.layers[0].mlp.down_proj.weight
+    with engine.paused(), torch.no_grad():
+        weight.view(torch.int32)[0, 0] ^= 1
+    assert engine.weights_checksum() != before
+    with engine.paused(), torch.no_grad():
+        weight.view(torch.int32)[0, 0] ^= 1
+    assert engine.weights_checksum() == before
+
+
+def test_nothing_steps_while_paused(engine: EmbeddedEngine) -> None:
+    thread, _ = in_background(engine)
+    with engine.paused():
+        before = engine.num_sampled_tokens
+        time.sleep(0.05)
+        assert engine.num_sampled_tokens == before
+        assert thread.is_alive()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_an_update_of_shared_weights_costs_no_copy(engine: EmbeddedEngine) -> None:
+    """Under 5 ms whatever the model's size, since nothing of its size happens."""
+    engine.update_weights().wait(10)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        engine.update_weights().wait(10)
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.005

@@ -1,0 +1,104 @@
+"""Many clients at once, clients that go, and a line that is full."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from running_server import post_head
+
+ENDLESS: dict[str, Any] = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 4000, "ignore_eos": True}
+
+
+def streams_equal_serial_answers(server: Any, count: int) -> None:
+    prompts = [[20 + i % 400, 30 + i % 7, 40] * (1 + i % 5) for i in range(count)]
+    options: Any = {"model": "tiny", "temperature": 0, "max_tokens": 24, "extra_body": {"ignore_eos": True}}
+    serial = [server.openai.completions.create(prompt=prompt, **options).choices[0].text for prompt in prompts]
+
+    async def all_at_once() -> list[str]:
+        url = f"{server.url}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
+
+            async def one(prompt: list[int]) -> str:
+                text, reason = "", None
+                async for chunk in await client.completions.create(prompt=prompt, stream=True, **options):
+                    text += chunk.choices[0].text
+                    reason = chunk.choices[0].finish_reason or reason
+                assert reason == "length"
+                return text
+
+            return await asyncio.gather(*map(one, prompts))
+
+    assert asyncio.run(all_at_once()) == serial
+
+
+def test_concurrent_streams(server: Any) -> None:
+    streams_equal_serial_answers(server, 16)
+
+
+@pytest.mark.long
+def test_two_hundred_concurrent_streams(server: Any) -> None:
+    streams_equal_serial_answers(server, 200)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/generate"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_disconnect_frees_the_slot_within_a_second(small_server: Any, path: str, stream: bool) -> None:
+    """Of the one that runs and of the one that waits in line: neither has to send to be noticed."""
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/completions": ENDLESS,
+        "/v1/chat/completions": {
+            "model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3900, "ignore_eos": True
+        },
+        "/generate": {"input_ids": [5], "sampling_params": {"max_new_tokens": 4000, "ignore_eos": True}, "rid": None},
+    }  # fmt: skip
+    host, port = small_server.url.removeprefix("http://").split(":")
+    engine = small_server.served.engine
+    request = httpx.Request("POST", f"{small_server.url}{path}", json={**bodies[path], "stream": stream})
+    raw = post_head(path, len(request.content)) + request.content
+    clients = [socket.create_connection((host, int(port))) for _ in range(2)]
+    for i, client in enumerate(clients):
+        client.sendall(raw)
+        small_server.until(lambda i=i: engine.num_running + engine.num_waiting == i + 1, 5)
+    assert (engine.num_running, engine.num_waiting) == (1, 1)
+    clients[1].close()
+    small_server.until(lambda: engine.num_waiting == 0 and small_server.served.num_active == 1)
+    assert engine.num_running == 1
+    clients[0].close()
+    small_server.until(lambda: engine.num_running == 0 and small_server.served.num_active == 0)
+
+
+def test_a_full_line_is_429_and_empties(small_server: Any) -> None:
+    with ThreadPoolExecutor() as pool:
+        waiting = [
+            pool.submit(small_server.post, "/v1/completions", **{**ENDLESS, "max_tokens": 300}) for _ in range(3)
+        ]
+        small_server.until(lambda: small_server.served.num_active == 3, 5)
+        for stream in (False, True):
+            response = small_server.post("/v1/completions", **ENDLESS, stream=stream)
+            assert response.status_code == 429 and response.json()["error"]["code"] == "queue_full"
+        with pytest.raises(openai.RateLimitError):
+            small_server.openai.completions.create(model="tiny", prompt="a")
+        assert [answer.result().status_code for answer in waiting] == [200] * 3
+    assert small_server.post("/v1/completions", model="tiny", prompt="a").status_code == 200
+
+
+@pytest.mark.long
+def test_a_reader_that_stalls_is_dropped(small_server: Any) -> None:
+    """It has asked for a long stream and takes none of it: its slot is free soon after its buffers are full."""
+    host, port = small_server.url.removeprefix("http://").split(":")
+    sampling = {"max_new_tokens": 4000, "ignore_eos": True, "n": 3}
+    body = {"input_ids": [5], "sampling_params": sampling, "stream": True, "return_logprob": True}
+    content = httpx.Request("POST", small_server.url, json=body).content
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((host, int(port)))
+        client.sendall(post_head("/generate", len(content)) + content)
+        small_server.until(lambda: small_server.served.num_active == 3, 5)
+        small_server.until(lambda: small_server.served.num_active == 0, 20)
+    assert small_server.served.engine.num_sampled_tokens < 3 * 4000
