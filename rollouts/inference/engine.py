@@ -21,8 +21,9 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Literal
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from rollouts.inference.completion import Completion, CompletionChunk, StopReaso
 from rollouts.inference.kv_cache import PAGE_SIZE, KVCache
 from rollouts.inference.model_runner import ModelShape, make_forward
 from rollouts.inference.native import native_library, release_threads
+from rollouts.inference.protocol import PauseMode, UpdateMode
 from rollouts.inference.random_numbers import stream_start, uniforms
 from rollouts.inference.sampler import BatchParams, Sampled, history_of, sample
 from rollouts.inference.sampling_params import SamplingParams
@@ -46,8 +48,6 @@ from rollouts.training.types import TrainFuture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-UpdateMode = Literal["drain", "continue", "abort"]
 
 
 class EmbeddedEngine:
@@ -115,6 +115,8 @@ class EmbeddedEngine:
         self._news: dict[Wake, list[Callable[[], object]]] = {}
         self._updates: deque[_Update] = deque()
         self._paused = 0
+        self._pause: ExitStack | None = None  # what pause_generation holds
+        self._pausing = threading.Lock()
         self._closed = False
         self._error: BaseException | None = None
         self._inbox: deque[Callable[[], object]] = deque()
@@ -279,6 +281,61 @@ class EmbeddedEngine:
         finally:
             with suppress(RuntimeError):  # closed meanwhile
                 self._send(resume)
+
+    # The same as `InferenceEngine` has it: nothing below blocks an event loop.
+
+    async def update_weights_from_checkpoint(
+        self, folder: str | Path, version: int | None = None, mode: UpdateMode = "drain"
+    ) -> int:
+        """Serve the weights of a model folder. Raises UserError: they cannot be loaded or do not fit."""
+        import anyio.to_thread
+
+        from rollouts.models.load import load_weights
+
+        dtype = next(self.model.parameters()).dtype
+        weights = await anyio.to_thread.run_sync(load_weights, Path(folder), dtype)
+        return await self.update_weights(weights, version, mode)
+
+    async def get_weight_version(self) -> int:
+        return self.weight_version
+
+    async def get_weights_checksum(self) -> str:
+        import anyio.to_thread
+
+        return await anyio.to_thread.run_sync(self.weights_checksum)
+
+    async def pause_generation(self, mode: PauseMode = "keep") -> None:
+        """Stop between two steps until ``continue_generation``; pausing twice is pausing once."""
+        import anyio.to_thread
+
+        def pause() -> None:
+            with self._pausing:
+                if self._pause is None:
+                    self._pause = ExitStack()
+                    self._pause.enter_context(self.paused())
+
+        if mode == "abort":
+            await self.abort_all()
+        await anyio.to_thread.run_sync(pause)
+
+    async def continue_generation(self) -> None:
+        import anyio.to_thread
+
+        def resume() -> None:
+            with self._pausing:
+                if self._pause is not None:
+                    self._pause.close()
+                    self._pause = None
+
+        await anyio.to_thread.run_sync(resume)
+
+    async def abort_all(self) -> None:
+        """End the samples that run with what they have; those that wait for a row go on waiting."""
+        await self.update_weights(None, self.weight_version, "abort")
+
+    async def is_healthy(self) -> bool:
+        """Whether the engine's thread lives."""
+        return self._error is None and not self._closed
 
     def close(self) -> None:
         """Stop the engine; samples in flight raise RuntimeError where they are awaited."""
