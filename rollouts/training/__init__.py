@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "types": ("ImmediateTrainFuture", "RLSample", "Sample", "SampleStatus", "SFTTrainingConfig", "TrainFuture",
-              "TrainingConfig", "WeightSpan"),
+    "types": ("ImmediateTrainFuture", "RLSample", "RLTrainingConfig", "RolloutBatch", "Sample", "SampleStatus",
+              "SFTTrainingConfig", "TrainFuture", "TrainingConfig", "WeightSpan"),
     "sft_losses": ("DeferredLogits", "LossOutput", "causal_lm_loss"),
     "backends": ("FSDPConfig", "FSDPTrainingBackend", "OptimizerConfig", "PyTorchTrainingBackend", "ScheduleConfig",
                  "TrainingBackend", "create_backend_with_scheduler", "create_fsdp_backend", "create_pytorch_backend"),

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -224,3 +224,115 @@ class SFTTrainingConfig:
 
 
 TrainingConfig = SFTTrainingConfig
+
+
+@dataclass
+class RolloutBatch:
+    """The finished rollouts of one training step: whole groups, those of one prompt side by side.
+
+    Args:
+        samples: every one of them, also those that failed (nothing is learned from them).
+        epoch_id: passes over the prompts when the last of them was dealt.
+        step_id: the training step that the batch is for, counting from 0.
+        metadata: how it came about, for example ``{"dropped": {"zero_variance": 3}}``.
+    """
+
+    samples: list[Sample]
+    epoch_id: int = 0
+    step_id: int = 0
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def tokens(self) -> list[Sequence[int]]:
+        return [s.tokens for s in self.samples]
+
+    @property
+    def loss_masks(self) -> list[Sequence[float]]:
+        return [s.loss_mask for s in self.samples]
+
+    @property
+    def rewards(self) -> list[float | None]:
+        """None where a sample has no reward, which is not a reward of 0."""
+        return [s.reward for s in self.samples]
+
+    @property
+    def response_lengths(self) -> list[int]:
+        """Learned tokens of each sample."""
+        return [s.num_loss_tokens for s in self.samples]
+
+
+@dataclass(frozen=True)
+class RLTrainingConfig:
+    """How to learn from rollouts; how they are made (prompts a step, samples a prompt) is ``RolloutConfig``'s.
+
+    A step consumes one batch of rollouts: ``num_epochs`` passes over it, each in ``mini_batches`` optimizer steps.
+
+    Args:
+        num_steps: batches of rollouts in the whole run (a resumed run stops at the same step).
+        batch_size: prompts a step, where no rollout manager says it: rollouts stored on disk, for example.
+        mini_batches: optimizer steps in one pass over a batch; groups may be divided over them.
+        num_epochs: passes over a batch; its mini-batches are drawn anew for each.
+        max_tokens_per_micro_batch: tokens of one packed forward pass on one rank; a longer sample has one to itself.
+        advantage: name of an estimator in ``rollouts.training.algorithms``, or a function in its form.
+        advantage_options: the estimator's own options, for example ``{"norm_by_std": False}``.
+        baseline: a constant subtracted from every reward, instead of an estimator; None = use ``advantage``.
+        loss: ``PolicyLossConfig``, its options as a mapping, or a loss function; None = the backend's own loss if it
+            was given one, else a clipped policy loss with its defaults.
+        temperature: at which the rollouts were sampled, and at which log-probs are computed.
+        kl_in_reward: weight of the KL to the reference model subtracted from each token's reward; 0 = none.
+        old_log_probs: whose log-probs the loss compares with: ``trainer`` computes them once at the start of a step,
+            ``rollout`` takes the sampler's, ``auto`` computes them where several optimizer steps a batch or stale
+            rollouts need them (with one fresh step they equal the log-probs of the loss itself).
+        max_staleness: how many steps the weights that sampled a token may lag behind those that learn from it. 0 waits
+            for every batch; k generates up to k batches ahead while training goes on.
+        sync_every: steps between weight updates of the engines.
+        learning_rate: of every step, instead of the backend's own schedule.
+        value_steps: steps at the start in which the critic alone learns (PPO).
+        seed: of everything random in the loop.
+        log_every, eval_every, checkpoint_every: steps between console lines, evaluations and checkpoints; 0 = never
+            (a checkpoint at the last step is always written, and the last step is always evaluated).
+        keep_checkpoints: newest checkpoints kept on disk; 0 keeps all.
+        max_bad_steps: abort after this many gradients in a row that are not finite.
+    """
+
+    num_steps: int
+    batch_size: int | None = None
+    mini_batches: int = 1
+    num_epochs: int = 1
+    max_tokens_per_micro_batch: int = 8192
+    advantage: str | Callable[..., Any] = "grpo"
+    advantage_options: Mapping[str, Any] = field(default_factory=dict)
+    baseline: float | None = None
+    loss: Any = None
+    temperature: float = 1.0
+    kl_in_reward: float = 0.0
+    old_log_probs: Literal["auto", "trainer", "rollout"] = "auto"
+    max_staleness: int = 0
+    sync_every: int = 1
+    learning_rate: float | None = None
+    value_steps: int = 0
+    seed: int = 0
+    log_every: int = 1
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 3
+    max_bad_steps: int = 5
+
+    def __post_init__(self) -> None:
+        at_least_one = ("num_steps", "mini_batches", "num_epochs", "max_tokens_per_micro_batch", "sync_every")
+        for name in (*at_least_one, "max_bad_steps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        never = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
+        for name in ("max_staleness", "kl_in_reward", "value_steps", *never):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("batch_size", "learning_rate", "temperature"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be greater than 0, got {value}")
+        if self.old_log_probs not in ("auto", "trainer", "rollout"):
+            raise ValueError(f"old_log_probs is {self.old_log_probs!r}; use auto, trainer or rollout")
