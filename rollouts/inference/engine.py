@@ -330,8 +330,16 @@ class EmbeddedEngine:
         await anyio.to_thread.run_sync(resume)
 
     async def abort_all(self) -> None:
-        """End the samples that run with what they have; those that wait for a row go on waiting."""
-        await self.update_weights(None, self.weight_version, "abort")
+        """End all samples with what they have, those that wait for a row too."""
+        ended: TrainFuture[None] = TrainFuture("abort_all")
+
+        def abort() -> None:
+            for request in list(self._requests):
+                self._abort(request)
+            ended.set_result(None)
+
+        self._send(abort)
+        await ended
 
     async def is_healthy(self) -> bool:
         """Whether the engine's thread lives."""

@@ -69,7 +69,7 @@ class InferenceEngine(Protocol):
     async def continue_generation(self) -> None: ...
 
     async def abort_all(self) -> None:
-        """End the samples in flight with what they have; each says that it was aborted."""
+        """End all samples, waiting ones too, with what they have; each says that it was aborted."""
         ...
 
     async def is_healthy(self) -> bool:
