@@ -149,7 +149,7 @@ class _TokenStatistics(torch.autograd.Function):
             log_probs[chunk] = of_chunk.gather(1, targets[chunk, None])[:, 0]
             if log_z is not None:
                 log_z[chunk] = _scaled(logits.gather(1, targets[chunk, None])[:, 0], wants.scale) - log_probs[chunk]
-            probs = of_chunk.exp() if entropy is not None or collision is not None or full_kl is not None else None
+            probs: Any = of_chunk.exp() if entropy is not None or collision is not None or full_kl is not None else None
             if entropy is not None:
                 entropy[chunk] = -_row_products(probs, of_chunk)
             if collision is not None:
@@ -193,14 +193,14 @@ class _TokenStatistics(torch.autograd.Function):
         if grad_log_probs is None:
             grad_log_probs = source.new_zeros(len(rows), dtype=torch.float32)
         need_source, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_source = torch.zeros_like(source) if need_source else None
+        grad_source: Any = torch.zeros_like(source) if need_source else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
         kept = iter(saved)
         for i, start in enumerate(range(0, len(rows), ctx.step)):
             chunk = slice(start, start + ctx.step)
             at = rows[chunk]
-            mine = next(kept) if ctx.has[i] else None
+            mine: Any = next(kept) if ctx.has[i] else None
             factors = (grad_log_probs[chunk] * -scale)[:, None]  # [n, 1]
             if ctx.keep_products:
                 grad_source[at] = mine * factors.to(mine.dtype)
