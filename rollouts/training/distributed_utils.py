@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
+import gc
 import os
+import time
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ def init_process_group(device: torch.device | str | None = None, timeout_seconds
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+        atexit.register(cleanup)
     return local
 
 
@@ -93,6 +97,10 @@ def print_rank_0(*args: Any, **kwargs: Any) -> None:
 
 
 def cleanup() -> None:
-    """Leave the process group."""
+    """Leave the process group; done at exit if nobody has done it before."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()
+        # gloo's threads release the tensors of a finished exchange a little after its caller was let go, and need the
+        # interpreter for that: one that is on its way out aborts the process ("terminate called without ...").
+        time.sleep(0.2)

@@ -97,7 +97,8 @@ def as_loss_output(value: LossOutput | torch.Tensor, loss_mask: torch.Tensor) ->
     if isinstance(value, LossOutput):
         return value
     count = (loss_mask[:, 1:] != 0).sum().float()
-    return LossOutput(value.float() * count, count, {})
+    total = value.float() * count
+    return LossOutput(torch.where(count > 0, total, torch.zeros_like(total)), count, {})  # a mean over nothing is nan
 
 
 def _chunk_rows(vocab_size: int) -> int:

@@ -180,6 +180,8 @@ def load_optimizer_state(
 ) -> None:
     """Inverse of ``optimizer_state``. ``parameters`` maps names to the optimizer's own parameters.
 
+    A parameter that has never had a gradient has no state, and gets none.
+
     Raises:
         UserError: the state belongs to other parameters or another optimizer.
     """
@@ -191,10 +193,9 @@ def load_optimizer_state(
             fused |= {id(p) for p in group["params"] if group.get("fused")}
     expected = {name for name, p in parameters.items() if id(p) in owner}
     found = {key.rpartition("#")[0] for key in tensors}
-    if tensors and expected != found:
-        example = sorted(expected ^ found)[0]
+    if foreign := sorted(found - expected):
         raise UserError(
-            f"optimizer state does not fit this model: parameter {example!r} is only on one side; "
+            f"optimizer state does not fit this model: it has moments of {foreign[0]!r}, which does not train here; "
             "resume with the model and optimizer of the run, or load weights only"
         )
     for inner in set(owner.values()):
