@@ -31,6 +31,7 @@ from torch import nn
 
 from rollouts.errors import UserError
 from rollouts.inference.completion import Completion, CompletionChunk, StopReason
+from rollouts.inference.grammars import Grammars, TokenMasks, unpack_bits
 from rollouts.inference.kv_cache import PAGE_SIZE, KVCache
 from rollouts.inference.model_runner import ModelShape, make_forward
 from rollouts.inference.native import native_library, release_threads
@@ -58,7 +59,7 @@ class EmbeddedEngine:
 
     Args:
         model: a transformers causal language model, or a peft model around one; on the CPU or a GPU.
-        tokenizer: needed for stop strings only.
+        tokenizer: needed for stop strings and structured output only.
         max_rows: sequences that run at once.
         max_length: longest prompt and sample together; None = the model's own limit, at most 4,096.
         cache_bytes: memory for keys and values, at most; never less than one longest sequence needs.
@@ -93,6 +94,7 @@ class EmbeddedEngine:
         self._device = weight.device
         self._tokenizer = tokenizer
         self._eos_ids = _eos_ids(causal_lm, tokenizer)
+        self._grammars = Grammars(tokenizer, shape.vocab_size, self._eos_ids)
         self._forward = make_forward(causal_lm, self.max_length, native)
         self._library = native_library() if native and weight.device.type == "cpu" else None
         self._seed = seed
@@ -109,7 +111,9 @@ class EmbeddedEngine:
         self._rows = Rows(max_rows, self.max_length, shape.vocab_size)
         self._scheduler = Scheduler(self._rows, self._cache, step_tokens)
         self._scheduler.weight_version = weight_version
-        self._batch: tuple[bytes, BatchParams] = (b"", None)  # type: ignore[assignment]
+        self._batch_of = b""  # the rows that the next two speak of
+        self._batch_params: BatchParams = None  # type: ignore[assignment]
+        self._token_masks: TokenMasks | None = None
 
         self._requests: set[Request] = set()
         self._news: dict[Wake, list[Callable[[], object]]] = {}
@@ -176,8 +180,10 @@ class EmbeddedEngine:
         """The ``n`` samples of one prompt, which is prefilled once."""
         import anyio
 
+        params = params or SamplingParams()
+        await self._compile_grammar(params)
         event = anyio.Event()
-        request = self._submit(prompt_ids, params or SamplingParams(), current_wake(), event.set)
+        request = self._submit(prompt_ids, params, current_wake(), event.set)
         try:
             await event.wait()
         finally:
@@ -190,10 +196,10 @@ class EmbeddedEngine:
         """The samples as they grow. Close the iterator, or cancel the caller, to stop sampling."""
         import anyio
 
+        params = params or SamplingParams()
+        await self._compile_grammar(params)
         event = anyio.Event()
-        request = self._submit(
-            prompt_ids, params or SamplingParams(), current_wake(), lambda: event.set(), streaming=True
-        )
+        request = self._submit(prompt_ids, params, current_wake(), lambda: event.set(), streaming=True)
         try:
             while True:
                 await event.wait()
@@ -361,6 +367,13 @@ class EmbeddedEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    async def _compile_grammar(self, params: SamplingParams) -> None:
+        """Off the event loop's thread, as it may take a second; ``_submit`` then finds it compiled."""
+        import anyio.to_thread
+
+        if params.constrained:
+            await anyio.to_thread.run_sync(self._grammars.bound_text, params)
+
     def _submit(
         self,
         prompt_ids: Sequence[int],
@@ -373,7 +386,7 @@ class EmbeddedEngine:
     ) -> Request:
         prompt = np.asarray(prompt_ids, dtype=np.int64)
         self._check(prompt, params)
-        request = Request(prompt.astype(np.int32), params, wake, notify, streaming)
+        request = Request(prompt.astype(np.int32), params, wake, notify, streaming, self._grammars.bound_text(params))
         release_threads()
         if start:
             self._send(lambda: self._admit(request))
@@ -453,12 +466,14 @@ class EmbeddedEngine:
 
     def _admit_one(self, request: Request) -> None:
         params = request.params
-        seed = params.seed
-        if seed is None:
-            seed = int(stream_start(self._seed, self._num_requests))
+        own = int(stream_start(self._seed, self._num_requests)) if params.seed is None else params.seed
+        # Sample i of a group has stream i of one seed, or the first stream of its own.
+        streams = [(seed, 0) for seed in own] if isinstance(own, tuple) else [(own, i) for i in range(params.n)]
         self._num_requests += 1
         self._requests.add(request)
-        stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_ids)}
+        bound_text = request.bound_text
+        ends = not params.ignore_eos or bound_text is not None
+        stop_ids = {*params.stop_token_ids, *(self._eos_ids if ends else ())}
         for index in range(params.n):
             self._num_sequences += 1
             self._scheduler.waiting.append(
@@ -469,9 +484,10 @@ class EmbeddedEngine:
                     num_prompt=len(request.prompt),
                     max_length=min(len(request.prompt) + params.max_tokens, self.max_length),
                     stop_ids=np.array(sorted(stop_ids), np.int64),
-                    random_start=stream_start(seed, index),
+                    random_start=stream_start(*streams[index]),
                     arrival=self._num_sequences,
                     stop_strings=StopStrings(self._tokenizer, params.stop) if params.stop else None,  # type: ignore[arg-type]
+                    bound_text=None if bound_text is None else bound_text.copy(),
                 )
             )
 
@@ -480,6 +496,13 @@ class EmbeddedEngine:
             for sample in self._samples(request):
                 self._scheduler.remove(sample)
                 self._finish(sample, StopReason.ABORTED)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        for each in self._samples(request):
+            self._scheduler.remove(each)
+        request.error = error
+        self._requests.discard(request)
+        self._tell(request)
 
     def _samples(self, request: Request | None = None) -> list[LiveSample]:
         """Those that are not done, of one request or of all."""
@@ -522,9 +545,10 @@ class EmbeddedEngine:
     def _sample(self, rows: np.ndarray, logits: torch.Tensor) -> Sampled:
         state = self._rows
         key = rows.tobytes() + state.generation.to_bytes(8, "little")
-        if self._batch[0] != key:
-            self._batch = (key, state.batch_params(rows, self._device))
-        params = self._batch[1]
+        if self._batch_of != key:
+            self._batch_of = key
+            self._batch_params, self._token_masks = state.batch_params(rows, self._device), state.token_masks(rows)
+        params = self._batch_params
         ends = state.num_tokens[rows]
         history = is_output = None
         if params.penalized is not None:
@@ -532,20 +556,29 @@ class EmbeddedEngine:
             history, is_output = (
                 x.to(self._device) for x in history_of(state.tokens[p], state.num_prompt[p], state.num_tokens[p])
             )
-        numbers = uniforms(state.random_start[rows], ends - state.num_prompt[rows])
-        return sample(logits, params, torch.from_numpy(numbers).to(self._device), history, is_output, self._library)
+        allowed = None
+        if self._token_masks is not None:
+            allowed = unpack_bits(self._token_masks.bits().to(self._device), self.vocab_size)
+        numbers = torch.from_numpy(uniforms(state.random_start[rows], ends - state.num_prompt[rows])).to(self._device)
+        return sample(logits, params, numbers, history, is_output, allowed, self._library)
 
     def _append(self, plan: Plan, keep: np.ndarray, sampled: Sampled) -> None:
         """Record the step's tokens, then look at those rows alone that end or that something watches."""
-        token_ids, log_probs, raw_log_probs = _to_host(sampled.token_ids, sampled.log_probs, sampled.raw_log_probs)
+        sampled_ids, log_probs, raw_log_probs = _to_host(sampled.token_ids, sampled.log_probs, sampled.raw_log_probs)
         rows, state = plan.sampling[keep], self._rows
-        token_ids, log_probs, raw_log_probs = token_ids[keep], log_probs[keep], raw_log_probs[keep]
+        token_ids, log_probs, raw_log_probs = sampled_ids[keep], log_probs[keep], raw_log_probs[keep]
         stopped, full = self._scheduler.append(rows, token_ids, log_probs, raw_log_probs)
+        if self._token_masks is not None:
+            bound = np.nonzero(state.constrained[plan.sampling])[0]
+            goes_on = keep.copy()
+            goes_on[keep] = ~stopped
+            self._token_masks.consume(np.nonzero(goes_on[bound])[0], sampled_ids[bound[goes_on[bound]]])
         top = [_to_host(x)[0][keep] for x in sampled.top] if sampled.top is not None else None
         for i in np.nonzero(stopped | full | state.watched[rows])[0]:
             row, token_id = int(rows[i]), int(token_ids[i])
             sample = state.sequences[row]
-            assert sample is not None
+            if sample is None:
+                continue  # its request has failed with another of its samples
             if top is not None and (count := sample.request.params.top_log_probs):
                 pairs = zip(top[1][i, :count].tolist(), top[0][i, :count].tolist(), strict=True)
                 sample.top_log_probs.append(list(pairs))
@@ -557,7 +590,10 @@ class EmbeddedEngine:
                 self._tell(sample.request)
             if stopped[i] or match is not None or full[i]:
                 self._scheduler.retire(row)
-                if stopped[i]:
+                if sample.bound_text is not None and (error := sample.bound_text.error) is not None:
+                    name = sample.request.params.constrained
+                    self._fail(sample.request, UserError(f"sampling parameter {name} cost too much: {error}"))
+                elif stopped[i]:
                     self._finish(sample, StopReason.STOP_TOKEN, token_id)
                 else:
                     self._finish(sample, StopReason.LENGTH if match is None else StopReason.STOP_STRING, match)

@@ -1,6 +1,7 @@
 """Logits to tokens and log-probs, a whole batch at a time and one random number a row.
 
-Shapes: B rows that sample, V vocabulary, F rows that truncate, P rows with penalties, S longest history.
+Shapes: B rows that sample, V vocabulary, F rows that truncate, P rows with penalties, S longest history, M rows that a
+grammar binds.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ class BatchParams:
     penalties: torch.Tensor  # [P, 3]: repetition, presence, frequency
     bias: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # rows, ids, values
     num_top: int
+    constrained: torch.Tensor | None  # [M] rows
 
     @property
     def plain(self) -> bool:
         """Whether nothing but temperatures changes the model's distributions, and nothing more is reported."""
-        return self.truncating is None and self.penalized is None and self.bias is None and self.num_top == 0
+        unchanged = self.penalized is None and self.bias is None and self.constrained is None
+        return unchanged and self.truncating is None and self.num_top == 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ def sample(
     uniforms: torch.Tensor,
     history: torch.Tensor | None = None,
     is_output: torch.Tensor | None = None,
+    allowed: torch.Tensor | None = None,
     library: ctypes.CDLL | None = None,
 ) -> Sampled:
     """One token a row.
@@ -64,6 +68,7 @@ def sample(
         uniforms: [B] float32 in [0, 1); the token is where the cumulative distribution passes it.
         history: [P, S] int64, tokens of the penalized rows so far, prompt first, filled up with -1.
         is_output: [P, S] bool, which of them were sampled.
+        allowed: [M, V] bool, the tokens that a grammar leaves to the constrained rows, at least one in each.
         library: the compiled functions, used on the CPU for batches whose rows all sample from full distributions.
     """
     raw = logits.float()
@@ -71,7 +76,7 @@ def sample(
         return Sampled(*sample_rows(library, raw.contiguous(), params.temperature, params.greedy, uniforms), None)
     raw_lse = raw.logsumexp(-1, keepdim=True)  # [B, 1]
     changed = raw
-    if params.penalized is not None or params.bias is not None:
+    if params.penalized is not None or params.bias is not None or params.constrained is not None:
         changed = raw.clone()
     if params.penalized is not None:
         assert history is not None and is_output is not None
@@ -79,6 +84,9 @@ def sample(
     if params.bias is not None:
         rows, ids, values = params.bias
         changed.index_put_((rows, ids), values, accumulate=True)
+    if params.constrained is not None:
+        assert allowed is not None
+        changed[params.constrained] = changed[params.constrained].masked_fill(~allowed, float("-inf"))
 
     if params.all_greedy:
         token_ids = changed.argmax(-1)

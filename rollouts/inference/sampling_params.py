@@ -5,16 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from rollouts.errors import UserError
+
+_CONSTRAINTS = ("json_schema", "regex", "grammar")
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of one request are chosen. The default samples from the model's own distribution.
 
-    The order of operations is transformers': penalties and ``logit_bias`` change the logits, then ``temperature``, then
-    ``top_k``, ``top_p`` and ``min_p`` each drop tokens from what the one before left.
+    The order of operations is transformers': penalties and ``logit_bias`` change the logits, a grammar drops tokens,
+    then comes ``temperature``, then ``top_k``, ``top_p`` and ``min_p`` each drop tokens from what the one before left.
+
+    At most one of ``json_schema``, ``regex`` and ``grammar`` binds the text of the sample: only tokens that keep to it
+    can be sampled, and end ids and ``stop_token_ids`` only where the text is complete (or nothing else is possible).
+    The engine needs a tokenizer for it and refuses a bad one with a ``UserError``. Log-probs stay those of the full
+    distribution.
 
     Args:
         max_tokens: tokens to sample at most, the stop token included.
@@ -26,12 +34,18 @@ class SamplingParams:
         presence_penalty: subtracted from the logits of tokens in the output.
         frequency_penalty: subtracted once for each time a token is in the output.
         logit_bias: added to the logits of these token ids.
-        seed: the same seed gives the same text; None draws one from the engine's own seed.
+        seed: the same seed gives the same text; None draws one from the engine's own seed. A tuple of ``n`` seeds names
+            one for each sample, which is then what a request of its own with that seed would give.
         stop_token_ids: ids that end the sample, as the model's own end ids do.
         stop: strings that end the sample as soon as its text holds one; needs an engine with a tokenizer.
-        ignore_eos: go on past the model's own end ids (``stop_token_ids`` and ``stop`` still end the sample).
+        ignore_eos: go on past the model's own end ids (``stop_token_ids`` and ``stop`` still end the sample); a sample
+            bound by a grammar goes on as long as its grammar lets it.
         n: samples of the same prompt; sample i of a seeded request has a stream of random numbers of its own.
         top_log_probs: also report the k likeliest tokens at each position, with raw log-probs.
+        json_schema: the text is JSON that satisfies this schema, a dict, a bool or the schema as JSON text. Schemas
+            may use what llguidance implements; ``{"type": "object"}`` is any JSON object.
+        regex: the whole text matches this regular expression (Rust's syntax, without look-around).
+        grammar: the text follows this Lark grammar, from its rule ``start``.
 
     Raises:
         UserError: a value is out of range.
@@ -46,16 +60,22 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
+    seed: int | tuple[int, ...] | None = None
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     n: int = 1
     top_log_probs: int = 0
+    json_schema: Mapping[str, Any] | bool | str | None = None
+    regex: str | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if isinstance(self.seed, list):
+            object.__setattr__(self, "seed", tuple(self.seed))
+        seeds = self.seed if isinstance(self.seed, tuple) else () if self.seed is None else (self.seed,)
         in_range = {
             "max_tokens": self.max_tokens >= 1,
             "temperature": 0 <= self.temperature < math.inf,
@@ -66,7 +86,7 @@ class SamplingParams:
             "presence_penalty": math.isfinite(self.presence_penalty),
             "frequency_penalty": math.isfinite(self.frequency_penalty),
             "logit_bias": all(math.isfinite(b) for b in self.logit_bias.values()),
-            "seed": self.seed is None or 0 <= self.seed < 2**64,
+            "seed": all(0 <= seed < 2**64 for seed in seeds),
             "stop": all(self.stop),
             "n": self.n >= 1,
             "top_log_probs": self.top_log_probs >= 0,
@@ -74,6 +94,10 @@ class SamplingParams:
         for name, good in in_range.items():
             if not good:
                 raise UserError(f"sampling parameter {name} is out of range: {getattr(self, name)!r}")
+        if isinstance(self.seed, tuple) and len(self.seed) != self.n:
+            raise UserError(f"sampling parameter seed names {len(self.seed)} seeds for n = {self.n} samples")
+        if sum(getattr(self, name) is not None for name in _CONSTRAINTS) > 1:
+            raise UserError(f"sampling parameters {', '.join(_CONSTRAINTS)} exclude each other; give one")
 
     @property
     def greedy(self) -> bool:
@@ -82,7 +106,12 @@ class SamplingParams:
     @property
     def truncates(self) -> bool:
         """Whether some tokens can never be sampled, so that log-probs and sampling frequencies differ."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.constrained is not None
+
+    @property
+    def constrained(self) -> str | None:
+        """Which parameter binds the text of the sample, if one does."""
+        return next((name for name in _CONSTRAINTS if getattr(self, name) is not None), None)
 
     @property
     def penalizes(self) -> bool:

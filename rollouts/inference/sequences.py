@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from rollouts.inference.completion import Completion, CompletionChunk, StopReason
+from rollouts.inference.grammars import BoundText, TokenMasks
 from rollouts.inference.sampler import BatchParams
 from rollouts.inference.sampling_params import SamplingParams
 from rollouts.inference.stop_strings import StopStrings
@@ -33,6 +34,7 @@ class Request:
     wake: Wake
     notify: Callable[[], object]
     streaming: bool = False
+    bound_text: BoundText | None = None  # empty; what a grammar leaves each sample to say
     completions: dict[int, Completion] = field(default_factory=dict)
     chunks: deque[CompletionChunk] = field(default_factory=deque)
     error: BaseException | None = None
@@ -55,6 +57,7 @@ class LiveSample:
     random_start: np.uint64
     arrival: int
     stop_strings: StopStrings | None = None
+    bound_text: BoundText | None = None  # all sampled tokens, whether a row holds them or not
     log_probs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # of the sampled tokens
     raw_log_probs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)
@@ -122,6 +125,7 @@ class Rows:
         self.penalties = np.zeros((num_rows, 3), np.float32)  # repetition, presence, frequency
         self.biased = np.zeros(num_rows, bool)
         self.num_top = np.zeros(num_rows, np.int64)
+        self.constrained = np.zeros(num_rows, bool)
         self.generation = 0  # counts changes of who owns which row
 
     def load(self, row: int, sequence: LiveSample) -> None:
@@ -154,6 +158,7 @@ class Rows:
         self.penalties[row] = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         self.biased[row] = bool(params.logit_bias)
         self.num_top[row] = params.top_log_probs
+        self.constrained[row] = sequence.bound_text is not None
 
     def store(self, row: int) -> LiveSample:
         """Copy a row's state back into its sequence, which leaves the row."""
@@ -171,7 +176,7 @@ class Rows:
         """The sampling parameters of ``rows`` [B] as the sampler takes them."""
         greedy, penalized = self.greedy[rows], self.penalized[rows]
         truncating = ~greedy & ((self.top_k[rows] < self.vocab_size) | (self.top_p[rows] < 1) | (self.min_p[rows] > 0))
-        f, p = np.nonzero(truncating)[0], np.nonzero(penalized)[0]
+        f, p, m = np.nonzero(truncating)[0], np.nonzero(penalized)[0], np.nonzero(self.constrained[rows])[0]
 
         def tensor(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(device)
@@ -189,7 +194,13 @@ class Rows:
             penalties=tensor(self.penalties[rows[p]]),
             bias=self._bias(rows, device),
             num_top=int(self.num_top[rows].max(initial=0)),
+            constrained=tensor(m) if len(m) else None,
         )
+
+    def token_masks(self, rows: np.ndarray) -> TokenMasks | None:
+        """What the grammars say of those of ``rows`` that have one; None if none has."""
+        texts = [self.sequences[row].bound_text for row in rows[self.constrained[rows]]]  # type: ignore[union-attr]
+        return TokenMasks(texts, self.vocab_size) if texts else None  # type: ignore[arg-type]
 
     def _bias(self, rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         entries = [

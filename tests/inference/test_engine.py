@@ -193,6 +193,23 @@ def test_a_seed_gives_the_same_text_in_any_company(engine: EmbeddedEngine) -> No
     assert others[0].token_ids != others[1].token_ids != alone.token_ids
 
 
+def test_one_seed_a_sample_makes_each_the_sample_of_its_own_request(engine: EmbeddedEngine) -> None:
+    prompt = random_prompt(20, seed=77)
+    seeds = (11, 5, 2**63, 5)
+    before = engine.num_prefilled_tokens
+    group = engine.generate_batch([prompt], SamplingParams(n=4, seed=seeds, max_tokens=20, ignore_eos=True))
+    assert engine.num_prefilled_tokens - before == len(prompt)
+    for seed, got in zip(seeds, group, strict=True):
+        (alone,) = engine.generate_batch([prompt], SamplingParams(seed=seed, max_tokens=20, ignore_eos=True))
+        assert alone.token_ids == got.token_ids
+    assert group[1].token_ids == group[3].token_ids != group[0].token_ids
+    with pytest.raises(UserError, match="2 seeds"):
+        SamplingParams(seed=(1, 2), n=3)
+    with pytest.raises(UserError, match="seed"):
+        SamplingParams(seed=(1, -2), n=2)
+    assert SamplingParams(seed=[1, 2], n=2).seed == (1, 2)  # type: ignore[arg-type]
+
+
 def test_first_tokens_follow_the_models_distribution(engine: EmbeddedEngine, peaked_model: PreTrainedModel) -> None:
     from test_sampler import assert_follows
 
