@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Between the parts of a JSON text: enough to indent it, not enough for a weak model to go on forever.
-_JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,20}"}
+_JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Grammars:
         else:
             try:
                 json.loads(text)
-                grammar = LLMatcher.grammar_from_json_schema(text, _JSON_OPTIONS)
+                grammar = LLMatcher.grammar_from_json_schema(text, {"whitespace_pattern": _JSON_WHITESPACE})
             except (ValueError, RecursionError) as error:
                 raise UserError(f"sampling parameter json_schema is not valid JSON: {_line(error)}") from None
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0)
