@@ -23,6 +23,7 @@ _HOME = {
     "metrics": ("CompositeLogger", "ConsoleLogger", "JSONLLogger", "MetricsLogger", "TensorBoardLogger",
                 "TrackioLogger", "WandbLogger", "compute_stats_from_jsonl"),
     "model_utils": ("load_hf_model",),
+    "rollout_gen": ("EngineGenerate", "RolloutConfig"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -1,0 +1,131 @@
+"""From pending samples to finished ones by way of an inference engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from rollouts.errors import UserError
+from rollouts.inference.completion import Completion, StopReason
+from rollouts.inference.protocol import InferenceEngine
+from rollouts.inference.sampling_params import SamplingParams
+from rollouts.training.rollout_gen.gather import gather
+from rollouts.training.rollout_gen.seeds import sampling_seed
+from rollouts.training.types import Sample, SampleStatus, WeightSpan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_STATUS = {StopReason.LENGTH: SampleStatus.TRUNCATED, StopReason.ABORTED: SampleStatus.ABORTED}
+
+
+class EngineGenerate:
+    """The default ``generate_fn``: continues each sample's prompt with an engine, every sample by its own seed.
+
+    Requests go out one a sample, all at once: the engine computes a prompt that several of them share once, by its
+    prefix cache, and what a sample becomes depends on its seed and the weights alone.
+
+    Args:
+        engine: may be replaced (``generate.engine = other``) when one has died; retries then go to the new one.
+        tokenizer: its chat template renders prompts that are lists of messages, with ``metadata["tools"]``; a text
+            prompt is continued as it stands.
+        params: of every sample; ``metadata["seed"]`` takes the place of its seed. None = the engine's defaults.
+    """
+
+    def __init__(
+        self, engine: InferenceEngine, tokenizer: PreTrainedTokenizerBase, params: SamplingParams | None = None
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.params = params or SamplingParams()
+        if self.params.n != 1:
+            raise UserError(
+                f"sampling parameter n is {self.params.n}; set n_samples_per_prompt in the rollout settings"
+            )
+
+    async def __call__(self, samples: list[Sample]) -> list[Sample]:
+        """Finish ``samples`` in place: tokens, loss mask, log-probs at the sampling temperature, spans, response.
+
+        A sample that has response tokens already goes on from them, and keeps their log-probs and spans. When the call
+        is cancelled, samples whose tokens have come keep them.
+
+        Raises:
+            UserError: a prompt cannot be rendered or does not fit the model.
+        """
+        self._start(samples)
+        await gather(self._continue, samples)
+        return samples
+
+    async def abort(self) -> None:
+        """Every call in flight returns soon, with what its samples have."""
+        await self.engine.abort_all()
+
+    def _start(self, samples: Sequence[Sample]) -> None:
+        """Give samples without tokens those of their prompt; each prompt is rendered once."""
+        prompt: Any = None
+        ids: list[int] = []
+        for sample in samples:
+            if len(sample.tokens):
+                continue
+            if not ids or sample.prompt != prompt:
+                prompt, ids = sample.prompt, self.render(sample)
+            set_tokens(sample, ids, [0] * len(ids), [0.0] * len(ids))
+
+    def render(self, sample: Sample) -> list[int]:
+        """Token ids of a sample's prompt, up to where the assistant speaks."""
+        if not sample.prompt:
+            raise UserError(f"sample {sample.id!r}: has no prompt; give a text, messages or tokens")
+        if isinstance(sample.prompt, str):
+            return list(self.tokenizer(sample.prompt)["input_ids"])
+        return list(
+            self.tokenizer.apply_chat_template(
+                sample.prompt, tools=sample.metadata.get("tools"), add_generation_prompt=True, return_dict=False
+            )
+        )
+
+    async def _continue(self, sample: Sample) -> None:
+        done = sample_length(sample)
+        if done >= self.params.max_tokens:  # the limit was higher when the sample began
+            sample.status, sample.stop_reason = SampleStatus.TRUNCATED, StopReason.LENGTH.value
+            return
+        seed = sample.metadata.get("seed", self.params.seed)
+        if seed is not None and done:
+            seed = sampling_seed(seed, "continued", done)  # or the numbers that chose the first tokens came again
+        params = replace(self.params, seed=seed, max_tokens=self.params.max_tokens - done)
+        [completion] = await self.engine.generate_group(list(sample.tokens), params)
+        add_completion(sample, completion)
+        sample.response = self.tokenizer.decode(response_tokens(sample), skip_special_tokens=True)
+
+
+def add_completion(sample: Sample, completion: Completion) -> None:
+    """Append what an engine sampled; lists are replaced, not changed, so that copies of the sample stay as they are."""
+    start, count = len(sample.tokens), len(completion.token_ids)
+    set_tokens(
+        sample,
+        [*sample.tokens, *completion.token_ids],
+        [*sample.loss_mask, *[1] * count],
+        [*(sample.rollout_log_probs or [0.0] * start), *completion.log_probs],
+    )
+    spans = list(sample.weight_versions)
+    for span in completion.weight_versions:
+        moved = WeightSpan(span.version, span.start + start, span.end + start)
+        if spans and (spans[-1].version, spans[-1].end) == (moved.version, moved.start):
+            moved = WeightSpan(moved.version, spans.pop().start, moved.end)
+        spans.append(moved)
+    sample.weight_versions = spans
+    sample.stop_reason = completion.stop_reason.value
+    sample.status = _STATUS.get(completion.stop_reason, SampleStatus.COMPLETED)
+
+
+def set_tokens(sample: Sample, tokens: list[int], loss_mask: list[Any], log_probs: list[float]) -> None:
+    sample.tokens, sample.loss_mask, sample.rollout_log_probs = tokens, loss_mask, log_probs
+
+
+def sample_length(sample: Sample) -> int:
+    """Tokens that the model has sampled so far."""
+    return sum(1 for learned in sample.loss_mask if learned)
+
+
+def response_tokens(sample: Sample) -> list[int]:
+    return [token for token, learned in zip(sample.tokens, sample.loss_mask, strict=True) if learned]
