@@ -22,6 +22,8 @@ _HOME = {
     "datasets.packing": ("best_fit_bins",),
     "metrics": ("CompositeLogger", "ConsoleLogger", "JSONLLogger", "MetricsLogger", "TensorBoardLogger",
                 "TrackioLogger", "WandbLogger", "compute_stats_from_jsonl"),
+    "functions": ("load_function",),
+    "rewards": ("REWARDS", "RewardReport", "RewardRunner", "RewardSpec", "score_samples"),
     "model_utils": ("load_hf_model",),
     "rollout_gen": ("EngineGenerate", "RolloutConfig"),
 }  # fmt: skip

@@ -16,6 +16,8 @@ from rollouts.errors import UserError
 
 Function = Callable[..., Any]
 
+MADE_MODULES: dict[str, tuple[str, bytes]] = {}  # name of a module made from a file -> the file's path and text
+
 
 def load_function(spec: str | Function, registry: Mapping[str, Function] | None = None, what: str = "reward") -> Any:
     """The function that ``spec`` names.
@@ -60,42 +62,33 @@ def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def file_of_module(name: str) -> str | None:
-    """The file a module was loaded from by ``load_function("file.py:fn")``; None for any other module."""
-    return _FILES.get(name)
-
-
-def load_file_module(file: str | Path) -> ModuleType:
-    """Import a Python file as a module of its own; the same file, unchanged, gives the same module.
+def make_module(name: str, path: str, source: bytes) -> ModuleType:
+    """Run the text of a Python file as module ``name``; the module there is, if it was made before.
 
     The file's folder is not put on ``sys.path``: its imports are those that work anywhere else.
     """
-    path = Path(file).resolve()
-    digest = hashlib.sha256(str(path).encode() + b"\0" + path.read_bytes()).hexdigest()[:12]
-    name = f"_rollouts_function_{path.stem}_{digest}"
     if name in sys.modules:
         return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None and found.loader is not None, f"{path} has no loader: is it a .py file?"
-    module = importlib.util.module_from_spec(found)
+    module = ModuleType(name)
+    module.__file__ = path
     sys.modules[name] = module  # before it runs, so that its dataclasses and pickles find their module
     try:
-        found.loader.exec_module(module)
+        exec(compile(source, path, "exec"), module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise
-    _FILES[name] = str(path)
+    MADE_MODULES[name] = (path, source)
     return module
-
-
-_FILES: dict[str, str] = {}  # name of a module loaded from a file -> the file
 
 
 def _load_file(place: str, spec: str, what: str) -> ModuleType:
     if not Path(place).is_file():
         raise UserError(f"{what} function {spec}: there is no file {place}; paths start at {Path.cwd()}")
+    path = Path(place).resolve()
     try:
-        return load_file_module(place)
+        source = path.read_bytes()
+        digest = hashlib.sha256(bytes(path) + b"\0" + source).hexdigest()[:12]
+        return make_module(f"_rollouts_function_{path.stem}_{digest}", str(path), source)
     except (Exception, SystemExit) as e:
         raise UserError(f"{what} function {spec}: {place} fails to load ({_reason(e)})") from e
 

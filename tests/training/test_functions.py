@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rollouts.errors import UserError
-from rollouts.training.functions import file_of_module, load_function
+from rollouts.training.functions import MADE_MODULES, load_function
 
 REGISTRY: dict[str, Callable[..., object]] = {"gsm8k": math.sqrt, "exact_match": len}
 
@@ -55,7 +55,7 @@ def test_functions_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert fn(None) == 3
     assert load_function(f"{tmp_path}/mine.py:fn") is fn  # the same file is the same module
     assert pickle.loads(pickle.dumps(fn)) is fn
-    assert file_of_module(fn.__module__) == str(tmp_path / "mine.py")
+    assert MADE_MODULES[fn.__module__] == (str(tmp_path / "mine.py"), (tmp_path / "mine.py").read_bytes())
     (tmp_path / "mine.py").write_text("def fn(s): return 4\n")
     assert load_function("mine.py:fn")(None) == 4  # a changed file is another module
 
