@@ -181,7 +181,7 @@ class EmbeddedEngine:
         import anyio
 
         params = params or SamplingParams()
-        await self._compile_grammar(params)
+        await self.compile_grammar(params)
         event = anyio.Event()
         request = self._submit(prompt_ids, params, current_wake(), event.set)
         try:
@@ -197,7 +197,7 @@ class EmbeddedEngine:
         import anyio
 
         params = params or SamplingParams()
-        await self._compile_grammar(params)
+        await self.compile_grammar(params)
         event = anyio.Event()
         request = self._submit(prompt_ids, params, current_wake(), lambda: event.set(), streaming=True)
         try:
@@ -367,8 +367,8 @@ class EmbeddedEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    async def _compile_grammar(self, params: SamplingParams) -> None:
-        """Off the event loop's thread, as it may take a second; ``_submit`` then finds it compiled."""
+    async def compile_grammar(self, params: SamplingParams) -> None:
+        """Off the event loop's thread, as it may take a second; requests then find it compiled. Raises UserError."""
         import anyio.to_thread
 
         if params.constrained:
