@@ -1,9 +1,12 @@
 // Causal attention over sequences packed back to back, forward and backward, in float32 on the CPU.
 //
-// One task is one sequence and one key/value head; what lies above the diagonal is never computed. A tile of R queries
-// is taken at a time: its scores with 16 keys to a vector, its outputs with 16 columns to a vector.
-// Shapes: T tokens, H query heads, K key/value heads, D head width (a multiple of 16), L tokens of a sequence,
-// G = H / K queries' heads a key head. Tensors are [T, heads, D] with strides in numbers for T and heads.
+// A sequence may go on from a prefix, an earlier sequence that several share: its queries see all of the prefix and
+// what is before them in their own sequence. One task is one family (a sequence and those that go on from it) and one
+// key/value head, so that a prefix's gradients are summed by one thread; what lies above the diagonal is never computed.
+// A tile of R queries is taken at a time: its scores with 16 keys to a vector, its outputs with 16 columns to a vector.
+// Shapes: T tokens, H query heads, K key/value heads, D head width (a multiple of 16), P tokens of the prefix, L tokens
+// of the sequence itself, W = P + L keys, G = H / K queries' heads a key head. Tensors are [T, heads, D] with strides in
+// numbers for T and heads.
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -55,16 +58,23 @@ struct Tensor {
   float* at(int64_t t, int64_t h) const { return data + t * token + h * head; }
 };
 
+// Where a sequence lies: the tokens of its prefix, then its own.
+struct Span {
+  int64_t prefix, P, start, L;
+  int64_t keys() const { return P + L; }
+  int64_t token(int64_t j) const { return j < P ? prefix + j : start + j - P; }  // of key j
+};
+
 inline int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
 
-// x [L, D] -> columns [D, padded(L)], the padding zero.
+// x [W, D] -> columns [D, padded(W)], the padding zero.
 template <int D>
-void transpose(const Tensor& x, int64_t start, int64_t L, int64_t h, float* columns) {
-  const int64_t width = padded(L);
+void transpose(const Tensor& x, const Span& s, int64_t h, float* columns) {
+  const int64_t width = padded(s.keys());
   for (int64_t i = 0; i < D; i++)
-    for (int64_t j = L; j < width; j++) columns[i * width + j] = 0;
-  for (int64_t j = 0; j < L; j++) {
-    const float* row = x.at(start + j, h);
+    for (int64_t j = s.keys(); j < width; j++) columns[i * width + j] = 0;
+  for (int64_t j = 0; j < s.keys(); j++) {
+    const float* row = x.at(s.token(j), h);
     for (int64_t i = 0; i < D; i++) columns[i * width + j] = row[i];
   }
 }
@@ -88,11 +98,11 @@ inline void products(const float* const* rows, const float* columns, int64_t wid
 
 // out[r] = sum over j < end of weights[r, j] * x[j], for R rows.
 template <int R, int D>
-inline void weighted_sums(const float* weights, int64_t width, const Tensor& x, int64_t start, int64_t h, int64_t end,
+inline void weighted_sums(const float* weights, int64_t width, const Tensor& x, const Span& s, int64_t h, int64_t end,
                           float (*out)[D]) {
   f16 acc[R][D / 16] = {};
   for (int64_t j = 0; j < end; j++) {
-    const float* row = x.at(start + j, h);
+    const float* row = x.at(s.token(j), h);
     for (int c = 0; c < D / 16; c++) {
       const f16 v = load(row + c * 16);
       for (int r = 0; r < R; r++) acc[r][c] += splat(weights[r * width + j]) * v;
@@ -116,7 +126,7 @@ inline void add_outer(const float* weights, int64_t width, const float* const* r
     }
 }
 
-// Scores of R queries, the first of them token `first` of its sequence -> weights e^(s - lse), zero past the diagonal.
+// Scores of R queries, the first of them level with key `first` -> weights e^(s - lse), zero past the diagonal.
 template <int R>
 inline void softmax(float* scores, int64_t width, int64_t first, int64_t count, float scale, float* lse, bool known) {
   for (int64_t r = 0; r < R; r++) {
@@ -156,11 +166,11 @@ struct Rows {  // as many queries at a time as leave the registers room
 };
 
 template <int D>
-void forward(const Task& t, int64_t start, int64_t L, int64_t kv_head, float* scratch) {
+void forward(const Task& t, const Span& s, int64_t kv_head, float* scratch) {
   const int R = Rows<D>::count;
-  const int64_t width = padded(L);
+  const int64_t width = padded(s.keys()), start = s.start, L = s.L;
   float *keys = scratch, *scores = keys + D * width;
-  transpose<D>(t.k, start, L, kv_head, keys);
+  transpose<D>(t.k, s, kv_head, keys);
   for (int64_t g = 0; g < t.group; g++) {
     const int64_t h = kv_head * t.group + g;
     for (int64_t first = 0; first < L; first += R) {
@@ -168,9 +178,9 @@ void forward(const Task& t, int64_t start, int64_t L, int64_t kv_head, float* sc
       const float* rows[R];
       for (int r = 0; r < R; r++) rows[r] = t.q.at(start + first + (r < count ? r : count - 1), h);
       float lse[R], out[R][D];
-      products<R, D>(rows, keys, width, first + count, scores);
-      softmax<R>(scores, width, first, count, t.scale, lse, false);
-      weighted_sums<R, D>(scores, width, t.v, start, kv_head, first + count, out);
+      products<R, D>(rows, keys, width, s.P + first + count, scores);
+      softmax<R>(scores, width, s.P + first, count, t.scale, lse, false);
+      weighted_sums<R, D>(scores, width, t.v, s, kv_head, s.P + first + count, out);
       for (int64_t r = 0; r < count; r++) {
         memcpy(t.out.at(start + first + r, h), out[r], D * sizeof(float));
         t.lse[h * t.tokens + start + first + r] = lse[r];
@@ -181,18 +191,18 @@ void forward(const Task& t, int64_t start, int64_t L, int64_t kv_head, float* sc
 
 template <int D>
 void backward(const Task& t, const Tensor& grad, const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v,
-              int64_t start, int64_t L, int64_t kv_head, float* scratch) {
+              const Span& s, int64_t kv_head, float* scratch) {
   const int R = Rows<D>::count;
-  const int64_t width = padded(L);
+  const int64_t width = padded(s.keys()), start = s.start, L = s.L;
   float *keys = scratch, *values = keys + D * width, *weights = values + D * width, *slopes = weights + R * width;
   float *sum_k = slopes + R * width, *sum_v = sum_k + width * D;
-  transpose<D>(t.k, start, L, kv_head, keys);
-  transpose<D>(t.v, start, L, kv_head, values);
+  transpose<D>(t.k, s, kv_head, keys);
+  transpose<D>(t.v, s, kv_head, values);
   memset(sum_k, 0, 2 * width * D * sizeof(float));
   for (int64_t g = 0; g < t.group; g++) {
     const int64_t h = kv_head * t.group + g;
     for (int64_t first = 0; first < L; first += R) {
-      const int64_t count = L - first < R ? L - first : R, end = first + count;
+      const int64_t count = L - first < R ? L - first : R, end = s.P + first + count;
       const float *queries[R], *grads[R];
       float lse[R], delta[R], out[R][D];
       for (int r = 0; r < R; r++) {
@@ -204,7 +214,7 @@ void backward(const Task& t, const Tensor& grad, const Tensor& grad_q, const Ten
         delta[r] = sum(dot);
       }
       products<R, D>(queries, keys, width, end, weights);
-      softmax<R>(weights, width, first, count, t.scale, lse, true);
+      softmax<R>(weights, width, s.P + first, count, t.scale, lse, true);
       products<R, D>(grads, values, width, end, slopes);
       for (int64_t r = 0; r < R; r++)
         for (int64_t j = 0; j < end; j += 16) {
@@ -215,34 +225,48 @@ void backward(const Task& t, const Tensor& grad, const Tensor& grad_q, const Ten
         }
       add_outer<R, D>(weights, width, grads, sum_v, end);
       add_outer<R, D>(slopes, width, queries, sum_k, end);
-      weighted_sums<R, D>(slopes, width, t.k, start, kv_head, end, out);
+      weighted_sums<R, D>(slopes, width, t.k, s, kv_head, end, out);
       for (int64_t r = 0; r < count; r++) memcpy(grad_q.at(start + first + r, h), out[r], D * sizeof(float));
     }
   }
+  for (int64_t j = 0; j < s.P; j++)  // the prefix's own gradients are there already: a family's first sequence is first
+    for (int64_t c = 0; c < D; c += 16) {
+      float *gk = grad_k.at(s.prefix + j, kv_head) + c, *gv = grad_v.at(s.prefix + j, kv_head) + c;
+      store(gk, load(gk) + load(sum_k + j * D + c));
+      store(gv, load(gv) + load(sum_v + j * D + c));
+    }
   for (int64_t j = 0; j < L; j++) {
-    memcpy(grad_k.at(start + j, kv_head), sum_k + j * D, D * sizeof(float));
-    memcpy(grad_v.at(start + j, kv_head), sum_v + j * D, D * sizeof(float));
+    memcpy(grad_k.at(start + j, kv_head), sum_k + (s.P + j) * D, D * sizeof(float));
+    memcpy(grad_v.at(start + j, kv_head), sum_v + (s.P + j) * D, D * sizeof(float));
   }
 }
 
-// Runs `one(sequence start, length, key head, scratch)` for every sequence and key/value head, on several threads.
+// Runs `one(span, key head, scratch)` for every sequence and key/value head: families side by side on several threads,
+// the sequences of a family in their order. Without `prefixes` every sequence is a family of its own.
 template <typename One>
-void for_each_task(const int32_t* bounds, int64_t sequences, int64_t kv_heads, int64_t threads, int64_t floats_a_token,
-                   One one) {
-  int64_t longest = 0;
-  for (int64_t i = 0; i < sequences; i++)
-    if (bounds[i + 1] - bounds[i] > longest) longest = bounds[i + 1] - bounds[i];
+void for_each_task(const int32_t* bounds, const int32_t* prefixes, int64_t sequences, int64_t kv_heads, int64_t threads,
+                   int64_t floats_a_token, One one) {
+  int64_t longest = 0, families = 0;
+  int64_t* firsts = (int64_t*)malloc((sequences + 1) * sizeof(int64_t));
+  for (int64_t i = 0; i < sequences; i++) {
+    const int64_t P = prefixes ? prefixes[2 * i + 1] - prefixes[2 * i] : 0, W = P + bounds[i + 1] - bounds[i];
+    if (W > longest) longest = W;
+    if (!P) firsts[families++] = i;
+  }
+  firsts[families] = sequences;
   const size_t bytes = (size_t)padded(longest) * floats_a_token * sizeof(float);
 #pragma omp parallel num_threads((int)threads)
   {
     float* scratch = (float*)aligned_alloc(64, (bytes + 63) / 64 * 64);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < sequences * kv_heads; task++) {
-      const int64_t i = task / kv_heads;
-      one(bounds[i], bounds[i + 1] - bounds[i], task % kv_heads, scratch);
-    }
+    for (int64_t task = 0; task < families * kv_heads; task++)
+      for (int64_t i = firsts[task / kv_heads]; i < firsts[task / kv_heads + 1]; i++) {
+        const int64_t from = prefixes ? prefixes[2 * i] : 0, to = prefixes ? prefixes[2 * i + 1] : 0;
+        one(Span{from, to - from, bounds[i], bounds[i + 1] - bounds[i]}, task % kv_heads, scratch);
+      }
     free(scratch);
   }
+  free(firsts);
 }
 
 template <typename Run>
@@ -264,7 +288,7 @@ bool by_head_width(int64_t d, Run run) {
 struct Call {  // as packed_attention.py lays it out
   Tensor q, k, v, out, grad, grad_q, grad_k, grad_v;
   float* lse;
-  const int32_t* bounds;
+  const int32_t *bounds, *prefixes;  // [sequences + 1]; [sequences, 2] or null
   int64_t sequences, tokens, heads, kv_heads, head_dim, threads;
   double scale;
 };
@@ -276,17 +300,17 @@ static Task task_of(const Call& c) {
 extern "C" int packed_attention_forward(const Call* c) {
   const Task t = task_of(*c);
   return by_head_width(c->head_dim, [&]<int D>() {
-    for_each_task(c->bounds, c->sequences, c->kv_heads, c->threads, D + Rows<D>::count,
-                  [&](int64_t start, int64_t L, int64_t h, float* s) { forward<D>(t, start, L, h, s); });
+    for_each_task(c->bounds, c->prefixes, c->sequences, c->kv_heads, c->threads, D + Rows<D>::count,
+                  [&](const Span& s, int64_t h, float* scratch) { forward<D>(t, s, h, scratch); });
   });
 }
 
 extern "C" int packed_attention_backward(const Call* c) {
   const Task t = task_of(*c);
   return by_head_width(c->head_dim, [&]<int D>() {
-    for_each_task(c->bounds, c->sequences, c->kv_heads, c->threads, 4 * D + 2 * Rows<D>::count,
-                  [&](int64_t start, int64_t L, int64_t h, float* s) {
-                    backward<D>(t, c->grad, c->grad_q, c->grad_k, c->grad_v, start, L, h, s);
+    for_each_task(c->bounds, c->prefixes, c->sequences, c->kv_heads, c->threads, 4 * D + 2 * Rows<D>::count,
+                  [&](const Span& s, int64_t h, float* scratch) {
+                    backward<D>(t, c->grad, c->grad_q, c->grad_k, c->grad_v, s, h, scratch);
                   });
   });
 }

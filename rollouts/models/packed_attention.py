@@ -4,7 +4,10 @@ The model computes one row ``[1, T]`` that holds n sequences; ``cu_seqlens`` [n+
 this module registers the attention as ``"rollouts_packed"``; it behaves like transformers' ``sdpa`` whenever no
 ``cu_seqlens`` comes with the call, so a model that carries it still generates, pads and caches as before.
 
-Shapes: H query heads, K key/value heads, T tokens, d head width.
+Sequences may share a prefix that is computed once: ``prefixes[i]`` is the range of tokens, an earlier sequence of the
+row, that sequence i goes on from (its positions too go on), or (0, 0).
+
+Shapes: H query heads, K key/value heads, T tokens, d head width, n sequences.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ def packed_attention_forward(
     dropout: float = 0.0,
     cu_seqlens: torch.Tensor | None = None,
     max_seqlen: int | None = None,
+    prefixes: torch.Tensor | None = None,
     sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
@@ -64,11 +68,11 @@ def packed_attention_forward(
     if query.device.type == "cpu" and window is None:
         # Casts stand outside the operator, where torch.compile fuses them into their neighbors.
         dtype = _CPU_ATTENTION_DTYPE if query.dtype == torch.bfloat16 else query.dtype
-        out, _ = packed_attention_cpu(query.to(dtype), key.to(dtype), value.to(dtype), cu_seqlens, scale)
+        out, _ = packed_attention_cpu(query.to(dtype), key.to(dtype), value.to(dtype), cu_seqlens, scale, prefixes)
         return out.transpose(1, 2).to(query.dtype), None
-    if query.is_cuda and query.dtype != torch.float32:
+    if query.is_cuda and query.dtype != torch.float32 and prefixes is None:
         return _varlen_cuda(query, key, value, cu_seqlens, max_seqlen, scale, window), None
-    return _one_by_one(query, key, value, cu_seqlens, scale, window), None
+    return _one_by_one(query, key, value, cu_seqlens, scale, window, prefixes), None
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
@@ -110,47 +114,80 @@ def _one_by_one(
     cu_seqlens: torch.Tensor,
     scale: float,
     window: int | None,
+    prefixes: torch.Tensor | None,
 ) -> torch.Tensor:
-    """SDPA per sequence: the slow way that works for every device, precision and window."""
+    """SDPA per sequence: the slow way that works for every device, precision, window and prefix."""
     outputs = []
-    bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end, before, before_end in _spans(cu_seqlens, prefixes):
+        q = query[:, :, start:end]
+        k, v = (_with_prefix(x, start, end, before, before_end) for x in (key, value))
         mask = None
-        if window is not None:
-            t = torch.arange(end - start, device=query.device)
-            distance = t[:, None] - t[None, :]
-            mask = (distance >= 0) & (distance < window)
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        if window is not None or before != before_end:
+            at = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+            distance = at[:, None] - torch.arange(k.shape[2], device=q.device)
+            mask = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
         outputs.append(
             F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
         )
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
+def _spans(cu_seqlens: torch.Tensor, prefixes: torch.Tensor | None) -> list[tuple[int, int, int, int]]:
+    """(start, end) of each sequence and of its prefix, which is empty without ``prefixes``."""
+    bounds = cu_seqlens.tolist()
+    before = prefixes.tolist() if prefixes is not None else [(0, 0)] * (len(bounds) - 1)
+    return [(start, end, *prefix) for start, end, prefix in zip(bounds[:-1], bounds[1:], before, strict=True)]
+
+
+def _with_prefix(x: torch.Tensor, start: int, end: int, before: int, before_end: int) -> torch.Tensor:
+    own = x[:, :, start:end]
+    return own if before == before_end else torch.cat([x[:, :, before:before_end], own], dim=2)
+
+
 @torch.library.custom_op("rollouts::packed_attention_cpu", mutates_args=())
 def packed_attention_cpu(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    prefixes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention within each sequence; one opaque operator, so that torch.compile never splits it.
+    """Causal attention within each sequence and its prefix; one opaque operator: torch.compile never splits it.
 
-    query [1, H, T, d], key, value [1, K, T, d], cu_seqlens [n+1] int32 -> output [1, H, T, d] and the log-sum-exp of
-    the scores [1, H, T].
+    query [1, H, T, d], key, value [1, K, T, d], cu_seqlens [n+1] int32, prefixes [n, 2] int32 -> output [1, H, T, d]
+    and the log-sum-exp of the scores [1, H, T].
     """
     out = _empty_like_heads(query)
     lse = query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
-    if _run_native("packed_attention_forward", query, key, value, cu_seqlens, scale, out, lse):
+    if _run_native("packed_attention_forward", query, key, value, cu_seqlens, scale, prefixes, out, lse):
         return out, lse
     key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
-    bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        out[:, :, start:end], lse[:, :, start:end] = _flash_forward(q, k, v, 0.0, True, scale=scale)
+    for start, end, before, before_end in _spans(cu_seqlens, prefixes):
+        q = query[:, :, start:end]
+        k, v = (_with_prefix(x, start, end, before, before_end) for x in (key, value))
+        out[:, :, start:end], lse[:, :, start:end] = _flash_forward(
+            q, k, v, 0.0, before == before_end, attn_mask=_prefix_mask(q, k), scale=scale
+        )
     return out, lse
+
+
+def _prefix_mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """What queries level with the last keys must not see, as -inf [L, W]; None when there is no prefix."""
+    length, width = query.shape[2], key.shape[2]
+    if length == width:
+        return None
+    return query.new_full((length, width), -torch.inf).triu(width - length + 1)
 
 
 @packed_attention_cpu.register_fake
 def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    prefixes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _empty_like_heads(query), query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
 
@@ -165,20 +202,27 @@ def _packed_attention_cpu_backward(
     lse: torch.Tensor,
     cu_seqlens: torch.Tensor,
     scale: float,
+    prefixes: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grad_query, grad_key, grad_value = (_empty_like_heads(x) for x in (query, key, value))
     grads = {"grad": grad, "grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value}
-    if _run_native("packed_attention_backward", query, key, value, cu_seqlens, scale, out, lse, **grads):
+    if _run_native("packed_attention_backward", query, key, value, cu_seqlens, scale, prefixes, out, lse, **grads):
         return grad_query, grad_key, grad_value
     num_kv_heads, num_heads = key.shape[1], query.shape[1]
     key, value = _repeat_heads(key, num_heads), _repeat_heads(value, num_heads)
-    bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        g, q, k, v, o = (x[:, :, start:end] for x in (grad, query, key, value, out))
-        gq, gk, gv = _flash_backward(g, q, k, v, o, lse[:, :, start:end], 0.0, True, scale=scale)
-        grad_query[:, :, start:end] = gq
-        grad_key[:, :, start:end] = _sum_repeated(gk, num_kv_heads)
-        grad_value[:, :, start:end] = _sum_repeated(gv, num_kv_heads)
+    grad_key.zero_()
+    grad_value.zero_()
+    for start, end, before, before_end in _spans(cu_seqlens, prefixes):
+        g, q, o = (x[:, :, start:end] for x in (grad, query, out))
+        k, v = (_with_prefix(x, start, end, before, before_end) for x in (key, value))
+        grad_query[:, :, start:end], gk, gv = _flash_backward(
+            g, q, k, v, o, lse[:, :, start:end], 0.0, before == before_end, attn_mask=_prefix_mask(q, k), scale=scale
+        )
+        prefix = before_end - before
+        for whole, part in ((grad_key, gk), (grad_value, gv)):
+            part = _sum_repeated(part, num_kv_heads)
+            whole[:, :, before:before_end] += part[:, :, :prefix]
+            whole[:, :, start:end] += part[:, :, prefix:]
     return grad_query, grad_key, grad_value
 
 
@@ -192,18 +236,20 @@ def _(
     lse: torch.Tensor,
     cu_seqlens: torch.Tensor,
     scale: float,
+    prefixes: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _empty_like_heads(query), _empty_like_heads(key), _empty_like_heads(value)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's protocol
-    query, key, value, cu_seqlens, scale = inputs
-    ctx.save_for_backward(query, key, value, *output, cu_seqlens)
+    query, key, value, cu_seqlens, scale, prefixes = inputs
+    ctx.save_for_backward(query, key, value, *output, cu_seqlens, prefixes)
     ctx.scale = scale
 
 
 def _backward(ctx, grad: torch.Tensor, _grad_lse: torch.Tensor):  # type: ignore[no-untyped-def]  # torch's protocol
-    return *_packed_attention_cpu_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
+    *tensors, prefixes = ctx.saved_tensors
+    return *_packed_attention_cpu_backward(grad, *tensors, ctx.scale, prefixes), None, None, None
 
 
 packed_attention_cpu.register_autograd(_backward, setup_context=_setup_context)
@@ -240,7 +286,7 @@ class _Call(ctypes.Structure):
 
     _fields_ = (
         *((name, _Heads) for name in ("query", "key", "value", "out", "grad", "grad_query", "grad_key", "grad_value")),
-        *((name, ctypes.c_void_p) for name in ("lse", "bounds")),
+        *((name, ctypes.c_void_p) for name in ("lse", "bounds", "prefixes")),
         *((name, ctypes.c_int64) for name in ("sequences", "tokens", "heads", "kv_heads", "head_dim", "threads")),
         ("scale", ctypes.c_double),
     )
@@ -253,6 +299,7 @@ def _run_native(
     value: torch.Tensor,
     cu_seqlens: torch.Tensor,
     scale: float,
+    prefixes: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
     **grads: torch.Tensor,
@@ -266,10 +313,12 @@ def _run_native(
     tensors = {"query": query, "key": key, "value": value, "out": out, **grads}
     tensors = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in tensors.items()}
     bounds = cu_seqlens.contiguous()
+    prefixes = prefixes.contiguous() if prefixes is not None else None
     call = _Call(
         **{name: _Heads(x.data_ptr(), x.stride(2), x.stride(1)) for name, x in tensors.items()},
         lse=lse.data_ptr(),
         bounds=bounds.data_ptr(),
+        prefixes=prefixes.data_ptr() if prefixes is not None else None,
         sequences=len(bounds) - 1,
         tokens=query.shape[2],
         heads=query.shape[1],

@@ -110,6 +110,37 @@ def test_sequences_do_not_see_one_another() -> None:
     torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_shared_prefix_equals_sequences_that_each_carry_it(name: str) -> None:
+    """[prefix][a][b][c alone] against [prefix a][prefix b][c]: logits, and gradients of every weight."""
+    prefix, a, b, c = sequences()[0], *sequences()[2:]
+    whole, shared = build(name), build(name)
+    use_packed_attention(whole)
+    use_packed_attention(shared)
+    expected = packed_logits(whole, [prefix + a, prefix + b, c])
+    n = len(prefix)
+    own_a, own_b = expected[n : n + len(a)], expected[2 * n + len(a) : 2 * n + len(a) + len(b)]
+
+    parts = [prefix, a, b, c]
+    starts = torch.tensor([0, *(len(p) for p in parts)]).cumsum(0).to(torch.int32)
+    logits = shared(
+        input_ids=torch.tensor([prefix + a + b + c]),
+        position_ids=torch.cat([torch.arange(len(p)) + (n if i in (1, 2) else 0) for i, p in enumerate(parts)])[None],
+        attention_mask=packed_mask(),
+        cu_seqlens=starts,
+        max_seqlen=n + max(map(len, parts)),
+        prefixes=torch.tensor([[0, 0], [0, n], [0, n], [0, 0]], dtype=torch.int32),
+        use_cache=False,
+    ).logits[0]
+    torch.testing.assert_close(logits[:n], expected[:n], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(logits[n:], torch.cat([own_a, own_b, expected[-len(c) :]]), atol=2e-5, rtol=1e-4)
+
+    torch.cat([own_a, own_b, expected[-len(c) :]]).square().sum().backward()
+    logits[n:].square().sum().backward()
+    for (weight, x), y in zip(whole.named_parameters(), shared.parameters(), strict=True):
+        torch.testing.assert_close(y.grad, x.grad, atol=1e-3, rtol=1e-3, msg=lambda m, w=weight: f"{w}: {m}")
+
+
 def test_the_order_of_packing_does_not_matter() -> None:
     model = build("llama")
     use_packed_attention(model)
@@ -151,6 +182,7 @@ def test_the_operator_keeps_torchs_rules() -> None:
     q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
     bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
     torch.library.opcheck(packed_attention_cpu, (q, k, v, bounds, 0.3))
+    torch.library.opcheck(packed_attention_cpu, (q, k, v, bounds, 0.3, torch.tensor([[0, 0], [0, 4]])))
 
 
 def test_dropout_in_attention_is_refused() -> None:
@@ -162,19 +194,23 @@ def test_dropout_in_attention_is_refused() -> None:
         packed_logits(model, sequences())
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 128, 20])  # 20: not a width the C++ knows
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-def test_compiled_attention_equals_torch_in_float64(head_dim: int, num_kv_heads: int) -> None:
+def test_compiled_attention_equals_torch_in_float64(head_dim: int, num_kv_heads: int, shared: bool) -> None:
     """float32 runs in C++ where it can, float64 never does: two implementations of one operator."""
     generator = torch.Generator().manual_seed(head_dim + num_kv_heads)
     lengths = [1, 2, 7, 8, 9, 31, 32, 33, 100]
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    families = [0, 0, 2, 2, 2, 5, 6, 6, 8]  # the sequence that each goes on from; a first one from nothing
+    prefixes = torch.tensor([(bounds[f], bounds[f + 1]) if f != i else (0, 0) for i, f in enumerate(families)])
+    prefixes = prefixes.to(torch.int32) if shared else None
     shapes = [(sum(lengths), heads, head_dim) for heads in (4, num_kv_heads, num_kv_heads, 4)]
     exact = [torch.randn(s, generator=generator, dtype=torch.float64)[None].transpose(1, 2) for s in shapes]
     results = {}
     for dtype in (torch.float32, torch.float64):
         query, key, value = (x.to(dtype).requires_grad_() for x in exact[:3])
-        out, lse = packed_attention_cpu(query, key, value, bounds, head_dim**-0.5)
+        out, lse = packed_attention_cpu(query, key, value, bounds, head_dim**-0.5, prefixes)
         out.backward(exact[3].to(dtype))
         results[dtype] = [out.detach(), lse.detach(), query.grad, key.grad, value.grad]
     for fast, reference in zip(results[torch.float32], results[torch.float64], strict=True):
