@@ -152,6 +152,12 @@ class FSDPTrainingBackend(PyTorchTrainingBackend):
         self._reshard()
         return measured
 
+    def _read(self, batches: Sequence[Batch], reader: LossFn, adapter: bool = True) -> list[torch.Tensor]:
+        with self._pass():
+            read = super()._read(batches, reader, adapter)
+        self._reshard()
+        return read
+
     @contextmanager
     def _pass(self) -> Iterator[None]:
         try:

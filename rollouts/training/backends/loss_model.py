@@ -1,4 +1,4 @@
-"""A transformers model and its loss as one module, so that one forward call covers both (and FSDP sees all of it)."""
+"""A transformers model and what reads its logits as one module, so that one forward call (and FSDP) covers both."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import nn
 from rollouts.errors import UserError
 from rollouts.models.packed_attention import packed_mask, use_packed_attention
 from rollouts.training.backends.protocol import Batch
-from rollouts.training.sft_losses import DeferredLogits, LossFn, LossOutput, as_loss_output
+from rollouts.training.sft_losses import DeferredLogits, LossFn
 
 # Models whose logits are more than one matrix product of the hidden states compute them themselves.
 _LOGIT_EXTRAS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 class LossModel(nn.Module):
-    """``forward(batch, loss_fn)`` -> LossOutput.
+    """``forward(batch, loss_fn)`` -> what ``loss_fn(logits, labels, loss_mask, **other batch fields)`` gives.
 
     Args:
         model: a transformers causal language model, or a peft model around one.
@@ -41,7 +41,7 @@ class LossModel(nn.Module):
         plain_head = type(self._causal_lm.get_output_embeddings()) is nn.Linear
         self._defer = plain_head and not any(getattr(self._causal_lm.config, name, None) for name in _LOGIT_EXTRAS)
 
-    def forward(self, batch: Batch, loss_fn: LossFn) -> LossOutput:
+    def forward(self, batch: Batch, loss_fn: LossFn) -> Any:
         inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
         if "cu_seqlens" in batch:
             inputs |= {
@@ -59,7 +59,7 @@ class LossModel(nn.Module):
         else:
             logits = self.model(**inputs).logits
         extras = {k: batch[k] for k in batch if k not in _MODEL_KEYS}
-        return as_loss_output(loss_fn(logits, batch["labels"], batch["loss_mask"], **extras), batch["loss_mask"])
+        return loss_fn(logits, batch["labels"], batch["loss_mask"], **extras)
 
 
 _MODEL_KEYS = {

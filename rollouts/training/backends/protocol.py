@@ -60,6 +60,25 @@ class TrainingBackend(Protocol):
         """Loss and metrics as in ``forward_backward``, with no gradient and the model in evaluation mode."""
         ...
 
+    def compute_log_probs(
+        self, batch: Batch | Sequence[Batch], temperature: float = 1.0, adapter: bool = True
+    ) -> TrainFuture[list[torch.Tensor]]:
+        """Log-probs of the learned tokens, without gradient and in evaluation mode.
+
+        Args:
+            batch: one micro-batch or several.
+            temperature: at which they were sampled.
+            adapter: False takes the base model of a LoRA model, which is what it was before training.
+
+        Returns:
+            A float32 tensor [N] for each micro-batch, on the backend's device.
+        """
+        ...
+
+    def compute_values(self, batch: Batch | Sequence[Batch]) -> TrainFuture[list[torch.Tensor]]:
+        """As ``compute_log_probs``, with the values of a critic (see ``make_critic``)."""
+        ...
+
     def save_checkpoint(
         self, step: int, metrics: Metrics | None = None, state: dict[str, Any] | None = None
     ) -> TrainFuture[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from rollouts.training.backends.optimizers import (
     trainable_parameters,
 )
 from rollouts.training.backends.protocol import Batch, Metrics
+from rollouts.training.backends.readers import log_prob_reader, read_values
 from rollouts.training.backends.sharded import has_shards, read_shards
 from rollouts.training.checkpoints import (
     checkpoint_transaction,
@@ -38,7 +40,7 @@ from rollouts.training.checkpoints import (
     write_tensors,
 )
 from rollouts.training.rng import capture_rng, restore_rng
-from rollouts.training.sft_losses import LossFn, LossOutput, causal_lm_loss
+from rollouts.training.sft_losses import LossFn, LossOutput, as_loss_output, causal_lm_loss
 from rollouts.training.types import TrainFuture
 
 T = TypeVar("T")
@@ -127,6 +129,17 @@ class PyTorchTrainingBackend:
     def evaluate(self, batch: Batch | Sequence[Batch]) -> TrainFuture[Metrics]:
         return self._submit("evaluate", lambda: self._evaluate(_as_list(batch)))
 
+    def compute_log_probs(
+        self, batch: Batch | Sequence[Batch], temperature: float = 1.0, adapter: bool = True
+    ) -> TrainFuture[list[torch.Tensor]]:
+        if not adapter and not hasattr(self.model, "peft_config"):
+            raise UserError("log-probs without the adapter need a model that has one; see model.lora")
+        reader = log_prob_reader(temperature)
+        return self._submit("compute_log_probs", lambda: self._read(_as_list(batch), reader, adapter))
+
+    def compute_values(self, batch: Batch | Sequence[Batch]) -> TrainFuture[list[torch.Tensor]]:
+        return self._submit("compute_values", lambda: self._read(_as_list(batch), read_values))
+
     def save_checkpoint(
         self, step: int, metrics: Metrics | None = None, state: dict[str, Any] | None = None
     ) -> TrainFuture[Path]:
@@ -186,7 +199,7 @@ class PyTorchTrainingBackend:
         outputs = []
         for i, batch in enumerate(batches):
             self._sync_gradients(i == len(batches) - 1)
-            output = self._loss_model(self._to_device(batch), self.loss_fn)
+            output = self._loss(batch)
             output.total.backward()
             outputs.append(_detached(output))
         names, sums = self._global_sums(outputs)
@@ -198,10 +211,18 @@ class PyTorchTrainingBackend:
     @torch.no_grad()
     def _evaluate(self, batches: Sequence[Batch]) -> Callable[[], Metrics]:
         self.model.eval()
-        names, sums = self._global_sums(
-            [_detached(self._loss_model(self._to_device(batch), self.loss_fn)) for batch in batches]
-        )
+        names, sums = self._global_sums([_detached(self._loss(batch)) for batch in batches])
         return lambda: _means(names, sums)
+
+    @torch.no_grad()
+    def _read(self, batches: Sequence[Batch], reader: LossFn, adapter: bool = True) -> list[torch.Tensor]:
+        self.model.eval()
+        with nullcontext() if adapter else self.model.disable_adapter():  # type: ignore[operator]
+            return [self._loss_model(self._to_device(batch), reader) for batch in batches]
+
+    def _loss(self, batch: Batch) -> LossOutput:
+        placed = self._to_device(batch)
+        return as_loss_output(self._loss_model(placed, self.loss_fn), placed["loss_mask"])
 
     @torch.no_grad()
     def _optim_step(self, lr: float | None, max_grad_norm: float | None) -> Metrics:
@@ -294,7 +315,7 @@ class PyTorchTrainingBackend:
         if has_shards(folder):
             moments = self._read_sharded_tensors(folder, trainer["moments"])
         else:
-            self._load_masters(self._read_weights(folder))
+            self._load_all(self._read_weights(folder))
             moments = self._place_moments(read_tensors(folder / "optimizer.safetensors"))
         load_optimizer_state(self.optimizer, self._weights.masters, moments)
         self._weights.zero_grad()
@@ -320,9 +341,8 @@ class PyTorchTrainingBackend:
         """The weights of a step by the model's own names; peft leaves its adapter's name out of those it saves."""
         files = sorted(folder.glob("model*.safetensors")) or [folder / "adapter_model.safetensors"]
         tensors = {name: tensor for path in files for name, tensor in read_tensors(path).items()}
-        return {
-            name: tensors[saved] for name in self._weights.masters if (saved := _saved_name(name, tensors)) in tensors
-        }
+        names = [name for name, _ in self.model.named_parameters()]
+        return {name: tensors[saved] for name in names if (saved := _saved_name(name, tensors)) in tensors}
 
     def _read_sharded_tensors(self, folder: Path, kinds: Mapping[str, bool]) -> dict[str, torch.Tensor]:
         """Fill the masters in place from a sharded step; returns the moments. ``kinds``: moment -> is it per weight?"""
@@ -354,11 +374,15 @@ class PyTorchTrainingBackend:
         return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
 
     def _load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self._load_all(weights)
+        self.weight_version += 1
+
+    def _load_all(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """The masters, all of them, and the frozen weights that are there (an adapter is saved without its base)."""
         self._load_masters(weights)
         for name, parameter in self.model.named_parameters():
             if name in weights and name not in self._weights.masters:  # frozen
                 parameter.detach().copy_(self._place_tensor(weights[name], parameter))
-        self.weight_version += 1
 
     # What several ranks do otherwise (see FSDPTrainingBackend) ------------------------------------------------------
 

@@ -187,6 +187,34 @@ def check_stale_weights(folder: Path) -> dict[str, Any]:
     return results
 
 
+def check_log_probs(folder: Path) -> dict[str, float]:
+    """Log-probs and values against one device's, before and after the weights change; step 2 leaves one rank idle."""
+    results: dict[str, float] = {}
+    for strategy in STRATEGIES:
+        backend, alone = sharded(make_model(), strategy), one_device(make_model())
+        other = one_device(make_model(seed=5)).get_weights().wait()
+        for step in (0, 2):
+            batches = step_batches(step, backend)
+            results[f"{strategy} {step}"] = difference(
+                backend.compute_log_probs(batches, 0.7), alone.compute_log_probs(batches, 0.7)
+            )
+            results[f"{strategy} {step} values"] = difference(
+                backend.compute_values(batches), alone.compute_values(batches)
+            )
+            for b in (backend, alone):
+                b.load_weights(other).wait()
+    backend, base = sharded(lora_model()), one_device(make_model())
+    train(backend, range(2))
+    batches = step_batches(0, backend)
+    results["base"] = difference(backend.compute_log_probs(batches, adapter=False), base.compute_log_probs(batches))
+    results["adapter"] = difference(backend.compute_log_probs(batches), base.compute_log_probs(batches))
+    return results
+
+
+def difference(a: Any, b: Any) -> float:
+    return max(float((x - y).abs().max()) if len(x) else 0.0 for x, y in zip(a.wait(), b.wait(), strict=True))
+
+
 def check_checkpoints(folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for kind in ("full", "sharded"):

@@ -238,3 +238,9 @@ def test_bad_layouts_and_no_group_are_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UserError, match="launch by torchrun"):
         create_fsdp_backend(worker.make_model(), device="cpu")
     assert issubclass(worker.FSDPTrainingBackend, PyTorchTrainingBackend)
+
+
+def test_log_probs_are_those_of_one_device(fsdp_folder: Path) -> None:
+    for result in results_of("log_probs", fsdp_folder):
+        assert result.pop("adapter") > 1e-3
+        assert len(result) == 13 and max(result.values()) < 1e-5, result

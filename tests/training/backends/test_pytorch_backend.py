@@ -26,7 +26,7 @@ from rollouts.training.backends import (
 )
 from rollouts.training.backends.loss_model import LossModel, flops_per_token
 from rollouts.training.checkpoints import read_json, read_tensors, verify_checkpoint
-from rollouts.training.loops.batches import prepare_sft_batch
+from rollouts.training.loops.batches import empty_batch, prepare_sft_batch
 from rollouts.training.sft_losses import LossOutput, causal_lm_loss
 from rollouts.training.types import Sample
 
@@ -160,6 +160,18 @@ def test_an_ordinary_loss_function_works_too(make_tiny_model: MakeModel) -> None
         assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
 
 
+def test_a_mean_over_no_token_adds_nothing(make_tiny_model: MakeModel) -> None:
+    def mean(logits: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+        learned = loss_mask[:, 1:] > 0
+        return F.cross_entropy(logits[:, :-1][learned], labels[:, 1:][learned])
+
+    a, b = backend_for(make_tiny_model(), loss_fn=mean), backend_for(make_tiny_model(), loss_fn=mean)
+    with_empty = a.forward_backward([empty_batch(), *batches(0)]).wait()
+    assert with_empty["loss"] == b.forward_backward(batches(0)).wait()["loss"]
+    assert a.optim_step().wait() == b.optim_step().wait()
+    assert_same(state(a.model), state(b.model))
+
+
 # Accumulation and division ------------------------------------------------------------------------------------------
 
 
@@ -278,7 +290,7 @@ def test_gradients_of_bfloat16_add_up_in_float32(make_tiny_model: MakeModel) -> 
 
     backend.loss_fn = loss
     backend._loss_model.forward = lambda batch, fn: fn(None, None, None)  # type: ignore[method-assign]
-    backend.forward_backward([{} for _ in range(1001)]).wait()
+    backend.forward_backward([{"loss_mask": None} for _ in range(1001)]).wait()
     (gradient,) = (m.grad for n, m in backend._weights.masters.items() if n == name)
     seen.append(gradient)
     assert gradient.dtype == torch.float32
@@ -405,6 +417,19 @@ def test_recomputed_activations_give_the_same_gradients(make_tiny_model: MakeMod
     assert runs[0] == 6  # twice a step: it did recompute
 
 
+def test_a_parameter_that_is_never_used_hinders_no_resume(make_tiny_model: MakeModel, tmp_path: Path) -> None:
+    def backend(seed: int) -> PyTorchTrainingBackend:
+        model = make_tiny_model(seed=seed)
+        model.register_parameter("spare", torch.nn.Parameter(torch.full((3,), float(seed))))
+        return backend_for(model, checkpoint_dir=tmp_path)
+
+    a, b = backend(1), backend(2)
+    train(a, range(2))
+    b.load_checkpoint(a.save_checkpoint(2).wait()).wait()
+    assert train(a, range(2, 4)) == train(b, range(2, 4))
+    assert_same(everything(a), everything(b))
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_frozen_parameters_stay(make_tiny_model: MakeModel, tmp_path: Path, name: str) -> None:
     model = make_tiny_model()
@@ -418,6 +443,12 @@ def test_frozen_parameters_stay(make_tiny_model: MakeModel, tmp_path: Path, name
     assert {n for n in before if torch.equal(before[n], after[n])} == frozen
     folder = backend.save_checkpoint(2).wait()
     assert_same(state(AutoModelForCausalLM.from_pretrained(folder)), after)
+
+    other = make_tiny_model(seed=7)
+    for n, p in other.named_parameters():
+        p.requires_grad_(n not in frozen)
+    backend_for(other, optimizer=OptimizerConfig(name, weight_decay=0.1)).load_checkpoint(folder).wait()
+    assert_same(state(other), after)
 
 
 def test_the_schedule_needs_a_length(make_tiny_model: MakeModel) -> None:

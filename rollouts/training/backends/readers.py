@@ -1,0 +1,35 @@
+"""What is read from a model beside its loss: log-probs of tokens, and the values of a critic.
+
+Shapes: B rows, S positions, N learned tokens, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from rollouts.training.algorithms.log_probs import learned_positions, token_log_probs
+from rollouts.training.sft_losses import DeferredLogits, LossFn, accepts_deferred_logits
+
+Logits = torch.Tensor | DeferredLogits
+
+
+def log_prob_reader(temperature: float) -> LossFn:
+    """A function with a loss's arguments that gives the log-probs [N] float32 of the learned tokens."""
+
+    @accepts_deferred_logits
+    def read(logits: Logits, labels: torch.Tensor, loss_mask: torch.Tensor, **_: Any) -> torch.Tensor:
+        return token_log_probs(logits, labels, learned_positions(logits, loss_mask), temperature)[0]
+
+    return read
+
+
+@accepts_deferred_logits
+def read_values(logits: Logits, labels: torch.Tensor, loss_mask: torch.Tensor, **_: Any) -> torch.Tensor:
+    """[N] float32 from a critic, whose only logit is a value: what it expects before each learned token is written."""
+    before = learned_positions(logits, loss_mask) - 1
+    if isinstance(logits, DeferredLogits):
+        return F.linear(logits.hidden.flatten(0, 1)[before], logits.weight, logits.bias)[:, 0].float()
+    return logits.flatten(0, 1)[before, 0].float()

@@ -1,0 +1,97 @@
+"""From rollouts to micro-batches of a policy update: what is learned from, who computes what, packed back to back.
+
+Shapes: S sequences, T tokens of a packed row, N learned tokens of it, n_i learned tokens of sample i.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from rollouts.training.backends.protocol import Batch
+from rollouts.training.loops.batches import empty_batch, plan_micro_batches, prepare_sft_batch, sample_lengths
+from rollouts.training.types import Sample, SampleStatus
+
+Columns = Mapping[str, Sequence[np.ndarray]]
+"""Per-token quantities that are no field of ``Sample``, by the loss's name for them: one array [n_i] a sample."""
+
+
+def learned_positions(sample: Sample) -> np.ndarray:
+    """Indices [n_i] int64 of the tokens that carry loss; never the first, which nothing predicts."""
+    return np.flatnonzero(np.asarray(sample.loss_mask, dtype=np.float32)[1:]) + 1
+
+
+def is_learnable(sample: Sample) -> bool:
+    """Whether a policy can learn from it: it ended, it was judged, and some token of it was sampled.
+
+    A sample whose reward failed has none (or one that is not a number); it is left out, never scored 0.
+    """
+    ended = sample.status in (SampleStatus.COMPLETED, SampleStatus.TRUNCATED)
+    return ended and sample.reward is not None and math.isfinite(sample.reward) and sample.num_loss_tokens > 0
+
+
+def prepare_rl_batch(samples: Sequence[Sample], columns: Columns | None = None) -> Batch:
+    """Tensors of one packed micro-batch of a policy update.
+
+    Args:
+        samples: none gives a batch that adds nothing, for a rank that has run out of samples. ``advantages`` and
+            ``rollout_log_probs`` are taken from those that all have them.
+        columns: further quantities for the loss (``old_log_probs``, ``ref_log_probs``, ``values``, ``returns``,
+            ``token_weights``), one array [n_i] a sample.
+
+    Returns:
+        What ``prepare_sft_batch`` gives, ``sequence_ids`` [N] int64, and each quantity [N] float32, all aligned with
+        ``loss_positions``.
+    """
+    batch = dict(prepare_sft_batch(samples) if samples else empty_batch())
+    positions = [learned_positions(s) for s in samples]
+    counts = [len(p) for p in positions]
+    batch["sequence_ids"] = torch.from_numpy(np.repeat(np.arange(len(samples)), counts))
+    fields: dict[str, Sequence[np.ndarray]] = {}
+    for name in ("advantages", "rollout_log_probs"):
+        values = [getattr(s, name) for s in samples]
+        if all(v is not None for v in values):
+            fields[name] = [np.asarray(v, np.float32)[p] for v, p in zip(values, positions)]
+    for name, arrays in {**fields, **(columns or {})}.items():
+        assert [len(a) for a in arrays] == counts, f"{name} has {[len(a) for a in arrays]} values for {counts} tokens"
+        flat = np.concatenate([np.zeros(0, np.float32), *arrays])
+        batch[name] = torch.from_numpy(flat.astype(np.float32, copy=False))
+    return batch
+
+
+def collate_rl_step(
+    samples: Sequence[Sample],
+    indices: Sequence[int],
+    max_tokens: int,
+    columns: Columns | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[list[Batch], list[list[int]]]:
+    """This rank's micro-batches of a pass over ``samples[i] for i in indices``, and the indices that each holds.
+
+    ``columns`` speak of all ``samples``. Every rank gets as many micro-batches as every other.
+    """
+    lengths = sample_lengths([samples[i] for i in indices])
+    plan = plan_micro_batches(lengths, max_tokens, world_size)[rank]
+    members = [[indices[p] for p in positions] for positions in plan]
+    batches = [
+        prepare_rl_batch(
+            [samples[i] for i in chosen], {name: [c[i] for i in chosen] for name, c in (columns or {}).items()}
+        )
+        for chosen in members
+    ]
+    return batches, members
+
+
+def draw_mini_batches(count: int, mini_batches: int, seed: Sequence[int]) -> list[list[int]]:
+    """Indices 0 .. count - 1 divided at random into ``mini_batches`` parts of nearly equal size, none of them empty.
+
+    One part keeps the given order. ``seed`` makes the division the same on every rank and after a resume.
+    """
+    if mini_batches == 1 or count <= 1:
+        return [list(range(count))] if count else []
+    order = np.random.default_rng(seed).permutation(count)
+    return [part.tolist() for part in np.array_split(order, min(mini_batches, count))]
