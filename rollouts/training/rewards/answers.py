@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
-from typing import Any
 
 from rollouts.training.types import Sample
 
@@ -105,18 +104,18 @@ def extract_gsm8k(text: str, method: str = "strict") -> str | None:
 
 
 def regex(sample: Sample, *, pattern: str, flags: str = "") -> float:
-    """1.0 when ``pattern`` is found in the response; with a group in it, when the last match's group is the answer.
+    """1.0 when ``pattern`` is found in the response.
 
     Args:
-        pattern: Python's syntax, searched for anywhere. A named group ``answer``, else the first group, is compared
-            with the reference answer.
+        pattern: Python's syntax, searched for anywhere. What the last match holds in a group named ``answer``, written
+            ``(?P<answer>...)``, must also be the reference answer.
         flags: letters of Python's inline flags, for example "is".
     """
     compiled = re.compile(f"(?{flags})" + pattern if flags else pattern)
     matches = list(compiled.finditer(sample.response))
-    if not matches or not compiled.groups:
+    if not matches or "answer" not in compiled.groupindex:
         return float(bool(matches))
-    found: Any = matches[-1]["answer" if "answer" in compiled.groupindex else 1]
+    found = matches[-1]["answer"]
     return float(found is not None and found.strip() == reference_answer(sample).strip())
 
 
