@@ -35,8 +35,11 @@ def shared_prompt_length(samples: Sequence[Sample]) -> int:
 
 
 def plan_shared_micro_batches(samples: Sequence[Sample], max_tokens: int, world_size: int = 1) -> list[list[list[int]]]:
-    """As ``plan_micro_batches``, for samples whose groups share their prompt: ``plan[rank][micro_batch]`` lists positions
-    in ``samples``, those of a group side by side. A group too long for one micro-batch is divided."""
+    """As ``plan_micro_batches``, for samples whose groups share their prompt.
+
+    ``plan[rank][micro_batch]`` lists positions in ``samples``, those of a group side by side; a group too long for one
+    micro-batch is divided.
+    """
     groups: dict[str, list[int]] = {}
     for i, sample in enumerate(samples):
         groups.setdefault(sample.group_id or f"sample {i}", []).append(i)
