@@ -31,6 +31,9 @@ class Completion:
         top_log_probs: for each token the likeliest (id, raw log-prob) pairs, likeliest first; None unless asked for.
         num_cached_tokens: prompt tokens whose keys and values were already there.
         sample_index: which of the request's ``n`` samples this is.
+        prompt_log_probs: raw log-prob of each prompt token, None for the first, which nothing predicts; None unless
+            asked for. An aborted sample may have fewer.
+        prompt_top_log_probs: the same as ``top_log_probs`` for the prompt's tokens.
     """
 
     token_ids: list[int]
@@ -43,6 +46,8 @@ class Completion:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     sample_index: int = 0
+    prompt_log_probs: list[float | None] | None = None
+    prompt_top_log_probs: list[list[tuple[int, float]]] | None = None
 
     @property
     def weight_version(self) -> int | None:
@@ -52,10 +57,15 @@ class Completion:
 
 @dataclass(frozen=True)
 class CompletionChunk:
-    """Tokens that one sample of a streamed request gained; its last chunk carries the whole completion."""
+    """Tokens that one sample of a streamed request gained; its last chunk carries the whole completion.
+
+    ``top_log_probs`` are as a completion's; ``weight_version`` sampled these tokens.
+    """
 
     sample_index: int
     token_ids: list[int]
     log_probs: list[float]
     raw_log_probs: list[float]
     completion: Completion | None = None
+    top_log_probs: list[list[tuple[int, float]]] | None = None
+    weight_version: int | None = None

@@ -1,4 +1,4 @@
-"""The embedded engine: continuous batching over a live model, in one thread.
+"""The embedded engine: continuous batching over a live model, in one thread (engine_thread.py).
 
     caller (asyncio task, trio task or thread)            engine thread
     ------------------------------------------            -------------------------------------------
@@ -19,32 +19,30 @@ event loops without waiting for them. The only lock guards the inbox.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
 from rollouts.errors import UserError
-from rollouts.inference.completion import Completion, CompletionChunk, StopReason
-from rollouts.inference.grammars import Grammars, TokenMasks, unpack_bits
+from rollouts.inference.completion import Completion, CompletionChunk
+from rollouts.inference.engine_thread import EngineThread, WeightUpdate
+from rollouts.inference.grammars import Grammars
 from rollouts.inference.kv_cache import PAGE_SIZE, KVCache
 from rollouts.inference.model_runner import ModelShape, make_forward
-from rollouts.inference.native import native_library, release_threads
+from rollouts.inference.native import release_threads
 from rollouts.inference.protocol import PauseMode, UpdateMode
-from rollouts.inference.random_numbers import stream_start, uniforms
-from rollouts.inference.sampler import BatchParams, Sampled, history_of, sample
+from rollouts.inference.random_numbers import stream_start
 from rollouts.inference.sampling_params import SamplingParams
-from rollouts.inference.scheduler import Plan, Scheduler
-from rollouts.inference.sequences import LiveSample, Request, Rows
-from rollouts.inference.step_inputs import make_step
+from rollouts.inference.scheduler import Scheduler
+from rollouts.inference.sequences import LiveSample, PromptScores, Request, Rows
 from rollouts.inference.stop_strings import StopStrings
 from rollouts.inference.wake import Wake, call_now, current_wake
-from rollouts.inference.weights import copy_weights, weights_checksum
+from rollouts.inference.weights import weights_checksum
 from rollouts.training.types import TrainFuture
 
 if TYPE_CHECKING:
@@ -91,12 +89,9 @@ class EmbeddedEngine:
         self.max_length = min(shape.max_positions, max_length or 4096)
         self.vocab_size = shape.vocab_size
         weight = causal_lm.get_input_embeddings().weight
-        self._device = weight.device
         self._tokenizer = tokenizer
         self._eos_ids = _eos_ids(causal_lm, tokenizer)
         self._grammars = Grammars(tokenizer, shape.vocab_size, self._eos_ids)
-        self._forward = make_forward(causal_lm, self.max_length, native)
-        self._library = native_library() if native and weight.device.type == "cpu" else None
         self._seed = seed
         self._num_requests = 0
         self._num_sequences = 0
@@ -108,27 +103,13 @@ class EmbeddedEngine:
             shape.num_layers, shape.num_kv_heads, shape.head_dim, num_pages, max_rows, self.max_length,
             weight.dtype, weight.device,
         )  # fmt: skip
-        self._rows = Rows(max_rows, self.max_length, shape.vocab_size)
-        self._scheduler = Scheduler(self._rows, self._cache, step_tokens)
+        rows = Rows(max_rows, self.max_length, shape.vocab_size)
+        self._scheduler = Scheduler(rows, self._cache, step_tokens)
         self._scheduler.weight_version = weight_version
-        self._batch_of = b""  # the rows that the next two speak of
-        self._batch_params: BatchParams = None  # type: ignore[assignment]
-        self._token_masks: TokenMasks | None = None
-
-        self._requests: set[Request] = set()
-        self._news: dict[Wake, list[Callable[[], object]]] = {}
-        self._updates: deque[_Update] = deque()
-        self._paused = 0
         self._pause: ExitStack | None = None  # what pause_generation holds
         self._pausing = threading.Lock()
-        self._closed = False
-        self._error: BaseException | None = None
-        self._inbox: deque[Callable[[], object]] = deque()
-        self._inbox_changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="rollouts-engine", daemon=True)
-        self._thread.start()
-
-    # -- callers' side ------------------------------------------------------------------------------------------------
+        forward = make_forward(causal_lm, self.max_length, native)
+        self._thread = EngineThread(model, forward, rows, self._cache, self._scheduler, native)
 
     @property
     def weight_version(self) -> int:
@@ -166,7 +147,14 @@ class EmbeddedEngine:
     def num_waiting(self) -> int:
         return len(self._scheduler.waiting)
 
-    async def generate(self, prompt_ids: Sequence[int], params: SamplingParams | None = None) -> Completion:
+    @property
+    def alive(self) -> bool:
+        """False once the engine is closed, or its thread has failed."""
+        return self._thread.alive
+
+    async def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams | None = None, request_id: str | None = None
+    ) -> Completion:
         """One sample. Cancelling the caller frees its row and pages at the next step.
 
         Raises:
@@ -174,16 +162,18 @@ class EmbeddedEngine:
         """
         if params is not None and params.n != 1:
             raise UserError(f"generate gives one sample, but sampling parameter n is {params.n}; use generate_group")
-        return (await self.generate_group(prompt_ids, params))[0]
+        return (await self.generate_group(prompt_ids, params, request_id))[0]
 
-    async def generate_group(self, prompt_ids: Sequence[int], params: SamplingParams | None = None) -> list[Completion]:
-        """The ``n`` samples of one prompt, which is prefilled once."""
+    async def generate_group(
+        self, prompt_ids: Sequence[int], params: SamplingParams | None = None, request_id: str | None = None
+    ) -> list[Completion]:
+        """The ``n`` samples of one prompt, which is prefilled once. ``abort(request_id)`` ends them early."""
         import anyio
 
         params = params or SamplingParams()
         await self.compile_grammar(params)
         event = anyio.Event()
-        request = self._submit(prompt_ids, params, current_wake(), event.set)
+        request = self._submit(prompt_ids, params, current_wake(), event.set, request_id=request_id)
         try:
             await event.wait()
         finally:
@@ -191,7 +181,7 @@ class EmbeddedEngine:
         return _results(request)
 
     async def stream(
-        self, prompt_ids: Sequence[int], params: SamplingParams | None = None
+        self, prompt_ids: Sequence[int], params: SamplingParams | None = None, request_id: str | None = None
     ) -> AsyncIterator[CompletionChunk]:
         """The samples as they grow. Close the iterator, or cancel the caller, to stop sampling."""
         import anyio
@@ -199,7 +189,9 @@ class EmbeddedEngine:
         params = params or SamplingParams()
         await self.compile_grammar(params)
         event = anyio.Event()
-        request = self._submit(prompt_ids, params, current_wake(), lambda: event.set(), streaming=True)
+        request = self._submit(
+            prompt_ids, params, current_wake(), lambda: event.set(), streaming=True, request_id=request_id
+        )
         try:
             while True:
                 await event.wait()
@@ -226,7 +218,7 @@ class EmbeddedEngine:
         try:
             for prompt, p in zip(prompts, params, strict=True):
                 requests.append(self._submit(prompt, p, call_now, done.release, start=False))
-            self._send(lambda: self._admit(*requests))
+            self._thread.send(lambda: self._admit(*requests))
             for _ in requests:
                 done.acquire()
         finally:
@@ -238,7 +230,7 @@ class EmbeddedEngine:
         self,
         weights: Mapping[str, torch.Tensor] | nn.Module | None = None,
         version: int | None = None,
-        mode: UpdateMode = "drain",
+        mode: UpdateMode | Literal["retract"] = "drain",
     ) -> TrainFuture[int]:
         """Serve new weights from the next step on; ``await`` the result or ``.wait()`` for it: the version.
 
@@ -250,17 +242,29 @@ class EmbeddedEngine:
             version: None = one more than now.
             mode: what becomes of samples in flight. ``drain``: they finish first, on the old weights, and nothing new
                 starts. ``continue``: they go on, on the keys and values that they have; their spans tell the versions.
-                ``abort``: they end with what they have. What has not begun to run waits for the new weights.
+                ``retract``: they go on, on keys and values computed anew by the new weights. ``abort``: they end with
+                what they have. What has not begun to run waits for the new weights.
 
         Raises (through the result):
             UserError: names or shapes do not fit; the weights are unchanged then.
         """
-        if mode not in ("drain", "continue", "abort"):
-            raise UserError(f"weight update mode {mode!r} is unknown; use drain, continue or abort")
+        if mode not in ("drain", "continue", "retract", "abort"):
+            raise UserError(f"weight update mode {mode!r} is unknown; use drain, continue, retract or abort")
         future: TrainFuture[int] = TrainFuture("update_weights")
-        update = _Update(None if weights is self.model else weights, version, mode, future)
-        self._send(lambda: self._updates.append(update))
+        update = WeightUpdate(None if weights is self.model else weights, version, mode, future)
+        self._thread.send(lambda: self._thread.updates.append(update))
         return future
+
+    def flush_cache(self) -> TrainFuture[None]:
+        """Forget the keys and values of finished text; samples in flight go on undisturbed."""
+        return self._between_steps("flush_cache", self._cache.flush)
+
+    def abort(self, request_id: str) -> TrainFuture[None]:
+        """End the samples of requests with this id, running or waiting, with what they have; no such one is no error.
+
+        Whoever awaits them gets completions with stop reason ABORTED, exact up to the last token.
+        """
+        return self._between_steps("abort", lambda: self._thread.abort_where(lambda request: request.id == request_id))
 
     def weights_checksum(self) -> str:
         """SHA-256 over the names, shapes and bytes of the served parameters, taken between two steps."""
@@ -273,20 +277,20 @@ class EmbeddedEngine:
         reached = threading.Event()
 
         def pause() -> None:
-            self._paused += 1
+            self._thread.pauses += 1
             reached.set()
 
         def resume() -> None:
-            self._paused -= 1
+            self._thread.pauses -= 1
 
-        self._send(pause)
+        self._thread.send(pause)
         while not reached.wait(0.1):
-            self._check_alive()
+            self._thread.check_alive()
         try:
             yield
         finally:
             with suppress(RuntimeError):  # closed meanwhile
-                self._send(resume)
+                self._thread.send(resume)
 
     # The same as `InferenceEngine` has it: nothing below blocks an event loop.
 
@@ -337,35 +341,31 @@ class EmbeddedEngine:
 
     async def abort_all(self) -> None:
         """End all samples with what they have, those that wait for a row too."""
-        ended: TrainFuture[None] = TrainFuture("abort_all")
-
-        def abort() -> None:
-            for request in list(self._requests):
-                self._abort(request)
-            ended.set_result(None)
-
-        self._send(abort)
-        await ended
+        await self._between_steps("abort_all", lambda: self._thread.abort_where(lambda request: True))
 
     async def is_healthy(self) -> bool:
         """Whether the engine's thread lives."""
-        return self._error is None and not self._closed
+        return self.alive
 
     def close(self) -> None:
         """Stop the engine; samples in flight raise RuntimeError where they are awaited."""
-
-        def close() -> None:
-            self._closed = True
-
-        with suppress(RuntimeError):
-            self._send(close)
-        self._thread.join()
+        self._thread.close()
 
     def __enter__(self) -> EmbeddedEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _between_steps(self, name: str, work: Callable[[], object]) -> TrainFuture[None]:
+        done: TrainFuture[None] = TrainFuture(name)
+
+        def run() -> None:
+            work()
+            done.set_result(None)
+
+        self._thread.send(run)
+        return done
 
     async def compile_grammar(self, params: SamplingParams) -> None:
         """Off the event loop's thread, as it may take a second; requests then find it compiled. Raises UserError."""
@@ -383,13 +383,17 @@ class EmbeddedEngine:
         *,
         streaming: bool = False,
         start: bool = True,
+        request_id: str | None = None,
     ) -> Request:
         prompt = np.asarray(prompt_ids, dtype=np.int64)
         self._check(prompt, params)
-        request = Request(prompt.astype(np.int32), params, wake, notify, streaming, self._grammars.bound_text(params))
+        prompt = prompt.astype(np.int32)
+        scores = PromptScores(prompt, params.top_log_probs) if params.prompt_log_probs else None
+        bound_text = self._grammars.bound_text(params)
+        request = Request(prompt, params, wake, notify, streaming, request_id, scores, bound_text)
         release_threads()
         if start:
-            self._send(lambda: self._admit(request))
+            self._thread.send(lambda: self._admit(request))
         return request
 
     def _check(self, prompt: np.ndarray, params: SamplingParams) -> None:
@@ -410,242 +414,43 @@ class EmbeddedEngine:
     def _cancel(self, request: Request) -> None:
         if not request.done:
             with suppress(RuntimeError):
-                self._send(lambda: self._abort(request))
-
-    def _send(self, command: Callable[[], object]) -> None:
-        with self._inbox_changed:
-            self._check_alive()
-            self._inbox.append(command)
-            self._inbox_changed.notify()
-
-    def _check_alive(self) -> None:
-        if self._error is not None:
-            raise RuntimeError("the engine's thread has failed") from self._error
-        if self._closed:
-            raise RuntimeError("the engine is closed")
-
-    # -- the engine thread --------------------------------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def _run(self) -> None:
-        try:
-            while not self._closed:
-                self._run_commands()
-                self._apply_updates()
-                if not self._paused and not self._closed:
-                    self._step()
-                self._deliver()
-        except BaseException as error:  # a dead engine must not leave anyone waiting
-            self._error = error
-        with self._inbox_changed:
-            self._closed = True
-            while self._inbox:
-                self._inbox.popleft()()
-        failure = RuntimeError("the engine was closed" if self._error is None else "the engine's thread has failed")
-        failure.__cause__ = self._error
-        for update in self._updates:
-            update.future.set_exception(failure)
-        for request in self._requests:
-            request.error = failure
-            self._tell(request)
-        self._deliver()
-
-    def _run_commands(self) -> None:
-        with self._inbox_changed:
-            while not self._inbox and (self._paused or (self._scheduler.idle and not self._updates)):
-                release_threads()
-                self._inbox_changed.wait()
-            commands = list(self._inbox)
-            self._inbox.clear()
-        for command in commands:
-            command()
+                self._thread.send(lambda: self._thread.abort(request))
 
     def _admit(self, *requests: Request) -> None:
+        """In the engine's thread: a seed for each sample and a place in line."""
         for request in requests:
-            self._admit_one(request)
+            self._thread.admit(request, self._live_samples(request))
 
-    def _admit_one(self, request: Request) -> None:
-        params = request.params
+    def _live_samples(self, request: Request) -> list[LiveSample]:
+        params, bound_text = request.params, request.bound_text
         own = int(stream_start(self._seed, self._num_requests)) if params.seed is None else params.seed
         # Sample i of a group has stream i of one seed, or the first stream of its own.
         streams = [(seed, 0) for seed in own] if isinstance(own, tuple) else [(own, i) for i in range(params.n)]
         self._num_requests += 1
-        self._requests.add(request)
-        bound_text = request.bound_text
+        self._num_sequences += params.n
         ends = not params.ignore_eos or bound_text is not None
-        stop_ids = {*params.stop_token_ids, *(self._eos_ids if ends else ())}
-        for index in range(params.n):
-            self._num_sequences += 1
-            self._scheduler.waiting.append(
-                LiveSample(
-                    request=request,
-                    index=index,
-                    tokens=request.prompt,
-                    num_prompt=len(request.prompt),
-                    max_length=min(len(request.prompt) + params.max_tokens, self.max_length),
-                    stop_ids=np.array(sorted(stop_ids), np.int64),
-                    random_start=stream_start(*streams[index]),
-                    arrival=self._num_sequences,
-                    stop_strings=StopStrings(self._tokenizer, params.stop) if params.stop else None,  # type: ignore[arg-type]
-                    bound_text=None if bound_text is None else bound_text.copy(),
-                )
+        stop_ids = np.array(sorted({*params.stop_token_ids, *(self._eos_ids if ends else ())}), np.int64)
+        return [
+            LiveSample(
+                request=request,
+                index=index,
+                tokens=request.prompt,
+                num_prompt=len(request.prompt),
+                max_length=min(len(request.prompt) + params.max_tokens, self.max_length),
+                stop_ids=stop_ids,
+                random_start=stream_start(*streams[index]),
+                arrival=self._num_sequences + index,
+                stop_strings=StopStrings(self._tokenizer, params.stop) if params.stop else None,  # type: ignore[arg-type]
+                bound_text=None if bound_text is None else bound_text.copy(),
             )
-
-    def _abort(self, request: Request) -> None:
-        if request in self._requests:
-            for sample in self._samples(request):
-                self._scheduler.remove(sample)
-                self._finish(sample, StopReason.ABORTED)
-
-    def _fail(self, request: Request, error: Exception) -> None:
-        for each in self._samples(request):
-            self._scheduler.remove(each)
-        request.error = error
-        self._requests.discard(request)
-        self._tell(request)
-
-    def _samples(self, request: Request | None = None) -> list[LiveSample]:
-        """Those that are not done, of one request or of all."""
-        running = [sample for sample in self._rows.sequences if sample is not None]
-        return [s for s in (*running, *self._scheduler.waiting) if request is None or s.request is request]
-
-    def _apply_updates(self) -> None:
-        while self._updates:
-            update = self._updates[0]
-            in_flight = [s for s in self._samples() if s.row >= 0 or s.started]
-            if update.mode == "drain" and in_flight:
-                return
-            self._updates.popleft()
-            try:
-                if update.weights is not None:
-                    copy_weights(update.weights, self.model)
-            except UserError as error:
-                update.future.set_exception(error)
-                continue
-            if update.mode == "abort":
-                for sample in in_flight:
-                    self._scheduler.remove(sample)
-                    self._finish(sample, StopReason.ABORTED)
-            version = self.weight_version + 1 if update.version is None else update.version
-            self._scheduler.change_weights(version)
-            self._forward.refresh()
-            update.future.set_result(version)
-
-    def _step(self) -> None:
-        plan = self._scheduler.plan(admit_new=not self._updates)
-        if plan is None:
-            return
-        step = make_step(plan, self._rows, self._cache, self._device, self._forward.needs_reads)
-        logits = self._forward(step, self._cache)
-        sampled = self._sample(plan.sampling, logits) if len(plan.sampling) else None
-        keep = self._scheduler.computed(plan)
-        if sampled is not None:
-            self._append(plan, keep, sampled)
-
-    def _sample(self, rows: np.ndarray, logits: torch.Tensor) -> Sampled:
-        state = self._rows
-        key = rows.tobytes() + state.generation.to_bytes(8, "little")
-        if self._batch_of != key:
-            self._batch_of = key
-            self._batch_params, self._token_masks = state.batch_params(rows, self._device), state.token_masks(rows)
-        params = self._batch_params
-        ends = state.num_tokens[rows]
-        history = is_output = None
-        if params.penalized is not None:
-            p = rows[state.penalized[rows]]
-            history, is_output = (
-                x.to(self._device) for x in history_of(state.tokens[p], state.num_prompt[p], state.num_tokens[p])
-            )
-        allowed = None
-        if self._token_masks is not None:
-            allowed = unpack_bits(self._token_masks.bits().to(self._device), self.vocab_size)
-        numbers = torch.from_numpy(uniforms(state.random_start[rows], ends - state.num_prompt[rows])).to(self._device)
-        return sample(logits, params, numbers, history, is_output, allowed, self._library)
-
-    def _append(self, plan: Plan, keep: np.ndarray, sampled: Sampled) -> None:
-        """Record the step's tokens, then look at those rows alone that end or that something watches."""
-        sampled_ids, log_probs, raw_log_probs = _to_host(sampled.token_ids, sampled.log_probs, sampled.raw_log_probs)
-        rows, state = plan.sampling[keep], self._rows
-        token_ids, log_probs, raw_log_probs = sampled_ids[keep], log_probs[keep], raw_log_probs[keep]
-        stopped, full = self._scheduler.append(rows, token_ids, log_probs, raw_log_probs)
-        if self._token_masks is not None:
-            bound = np.nonzero(state.constrained[plan.sampling])[0]
-            goes_on = keep.copy()
-            goes_on[keep] = ~stopped
-            self._token_masks.consume(np.nonzero(goes_on[bound])[0], sampled_ids[bound[goes_on[bound]]])
-        top = [_to_host(x)[0][keep] for x in sampled.top] if sampled.top is not None else None
-        for i in np.nonzero(stopped | full | state.watched[rows])[0]:
-            row, token_id = int(rows[i]), int(token_ids[i])
-            sample = state.sequences[row]
-            if sample is None:
-                continue  # its request has failed with another of its samples
-            if top is not None and (count := sample.request.params.top_log_probs):
-                pairs = zip(top[1][i, :count].tolist(), top[0][i, :count].tolist(), strict=True)
-                sample.top_log_probs.append(list(pairs))
-            match = sample.stop_strings.push(token_id) if sample.stop_strings is not None else None
-            if sample.request.streaming:
-                sample.request.chunks.append(
-                    CompletionChunk(sample.index, [token_id], [float(log_probs[i])], [float(raw_log_probs[i])])
-                )
-                self._tell(sample.request)
-            if stopped[i] or match is not None or full[i]:
-                self._scheduler.retire(row)
-                if sample.bound_text is not None and (error := sample.bound_text.error) is not None:
-                    name = sample.request.params.constrained
-                    self._fail(sample.request, UserError(f"sampling parameter {name} cost too much: {error}"))
-                elif stopped[i]:
-                    self._finish(sample, StopReason.STOP_TOKEN, token_id)
-                else:
-                    self._finish(sample, StopReason.LENGTH if match is None else StopReason.STOP_STRING, match)
-
-    def _finish(self, sample: LiveSample, reason: StopReason, match: int | str | None = None) -> None:
-        request = sample.request
-        completion = sample.complete(reason, match)
-        request.completions[sample.index] = completion
-        if request.streaming:
-            request.chunks.append(CompletionChunk(sample.index, [], [], [], completion))
-        if request.done:
-            self._requests.discard(request)
-        if request.done or request.streaming:
-            self._tell(request)
-
-    def _tell(self, request: Request) -> None:
-        """Remember to notify the request's caller; one call an event loop and step."""
-        self._news.setdefault(request.wake, []).append(request.notify)
-
-    def _deliver(self) -> None:
-        for wake, functions in self._news.items():
-            # RuntimeError: the loop is closed, and nobody waits in it any more.
-            with suppress(RuntimeError):
-                wake(lambda functions=functions: [function() for function in functions])  # type: ignore[misc]
-        self._news = {}
-
-
-class _Update:
-    """A weight update that waits for its place between two steps."""
-
-    def __init__(
-        self,
-        weights: Mapping[str, torch.Tensor] | nn.Module | None,
-        version: int | None,
-        mode: UpdateMode,
-        future: TrainFuture[int],
-    ) -> None:
-        self.weights, self.version, self.mode, self.future = weights, version, mode, future
+            for index in range(params.n)
+        ]
 
 
 def _results(request: Request) -> list[Completion]:
     if request.error is not None:
         raise request.error
     return [request.completions[i] for i in range(request.params.n)]
-
-
-def _to_host(*tensors: torch.Tensor) -> list[np.ndarray]:
-    """Tensors of one shape as arrays, with one transfer from a GPU; float64 holds every id and float32 exactly."""
-    if tensors[0].device.type == "cpu":
-        return [x.numpy() for x in tensors]
-    packed = torch.stack([x.double() for x in tensors]).cpu()
-    return [x.to(like.dtype).numpy() for x, like in zip(packed, tensors, strict=True)]
 
 
 def _eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:

@@ -57,10 +57,11 @@ class KVCache:
         path, _, common = self.tree.match(tokens[:-1])
         return len(path) * PAGE_SIZE + common
 
-    def open_row(self, row: int, tokens: np.ndarray, reserve: int = 0) -> int | None:
+    def open_row(self, row: int, tokens: np.ndarray, reserve: int = 0, limit: int | None = None) -> int | None:
         """Give ``row`` the pages for ``tokens``, with as many keys and values as are known; how many, or None if
-        fewer than ``reserve`` pages would be left. The last token never counts as known: its logits are needed."""
-        path, partial, common = self.tree.match(tokens[:-1])
+        fewer than ``reserve`` pages would be left. The last token never counts as known: its logits are needed, and so
+        are those of all tokens from ``limit`` on."""
+        path, partial, common = self.tree.match(tokens[:-1][:limit])
         self.tree.acquire(path)  # before pages are taken, which could evict them
         held = [] if partial is None else [partial]
         idle = [node for node in held if node.readers == 0]

@@ -42,6 +42,8 @@ class SamplingParams:
             bound by a grammar goes on as long as its grammar lets it.
         n: samples of the same prompt; sample i of a seeded request has a stream of random numbers of its own.
         top_log_probs: also report the k likeliest tokens at each position, with raw log-probs.
+        prompt_log_probs: also report the prompt's own raw log-probs, and its likeliest tokens if ``top_log_probs`` is
+            set; the prompt is then computed even where the cache knows it.
         json_schema: the text is JSON that satisfies this schema, a dict, a bool or the schema as JSON text. Schemas
             may use what llguidance implements; ``{"type": "object"}`` is any JSON object.
         regex: the whole text matches this regular expression (Rust's syntax, without look-around).
@@ -66,6 +68,7 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     top_log_probs: int = 0
+    prompt_log_probs: bool = False
     json_schema: Mapping[str, Any] | bool | str | None = None
     regex: str | None = None
     grammar: str | None = None

@@ -15,20 +15,27 @@ import numpy as np
 
 from rollouts.inference.kv_cache import PAGE_SIZE, KVCache
 from rollouts.inference.prefix_tree import common_prefix
-from rollouts.inference.sequences import LiveSample, Rows
+from rollouts.inference.sequences import LiveSample, PromptScores, Rows
 
 
 @dataclass(frozen=True)
 class Plan:
     """One step: every decoding row computes a token, then each chunk (row, start, end) a part of a prompt.
 
-    ``sampling`` [B] are the rows that get a token, ``outputs`` [B] which of the step's tokens gives its logits.
+    ``sampling`` [B] are the rows that get a token; ``outputs`` [B, then all scored] says which of the step's tokens
+    give logits. ``scored`` are prompt tokens whose own log-probs are wanted: where among the outputs those logits lie
+    that come from tokens [start, end) of a row.
     """
 
     decoding: np.ndarray  # [D]
     chunks: list[tuple[int, int, int]]
     sampling: np.ndarray
     outputs: np.ndarray
+    scored: list[tuple[slice, tuple[int, int, int]]]
+
+
+# Logits that a step computes for prompt tokens at most: 128 MB in float32.
+_SCORED_LOGITS = 1 << 25
 
 
 class Scheduler:
@@ -69,13 +76,23 @@ class Scheduler:
         self._make_room()
         self._admit(admit_new)
         budget = max(self._step_tokens - len(self.decoding), PAGE_SIZE)
-        chunks, finishing, outputs = [], [], []
+        score_budget = max(_SCORED_LOGITS // self.rows.vocab_size, 1)
+        chunks, finishing, outputs, scored = [], [], [], []
         total = len(self.decoding)
         for row in self.prefilling:
             if budget == 0:
                 break
             start, end = int(self.rows.num_computed[row]), int(self.rows.num_tokens[row])
             length = min(end - start, budget)
+            scores = self._scores(row)
+            if scores is not None:
+                length = min(length, score_budget)
+                if length == 0:
+                    continue
+                score_budget -= length
+                first, last = max(start, len(scores.log_probs)), min(start + length, scores.num_wanted)
+                if first < last:
+                    scored.append((total + first - start, (row, first, last)))
             budget -= length
             total += length
             chunks.append((row, start, start + length))
@@ -85,11 +102,23 @@ class Scheduler:
                 outputs += [total - 1] * len(group)
         if not total:
             return None
+        sampling = np.concatenate((self.decoding, np.array(finishing, np.int64)))
+        places, count = [], len(sampling)
+        for _, (_, first, last) in scored:
+            places.append(slice(count, count + last - first))
+            count += last - first
         return Plan(
             self.decoding,
             chunks,
-            np.concatenate((self.decoding, np.array(finishing, np.int64))),
-            np.concatenate((np.arange(len(self.decoding)), np.array(outputs, np.int64))),
+            sampling,
+            np.concatenate(
+                (
+                    np.arange(len(self.decoding)),
+                    np.array(outputs, np.int64),
+                    *(np.arange(token, token + last - first) for token, (_, first, last) in scored),
+                )
+            ),
+            list(zip(places, (part for _, part in scored), strict=True)),
         )
 
     def computed(self, plan: Plan) -> np.ndarray:
@@ -157,18 +186,23 @@ class Scheduler:
         else:
             self.retire(sequence.row)
 
-    def change_weights(self, version: int) -> None:
+    def change_weights(self, version: int, retract: bool = False) -> None:
         """The weights are others from here on: forget cached text and begin half-computed prompts anew.
 
-        Sequences that decode keep their keys and values.
+        Sequences that decode keep their keys and values, or with ``retract`` wait to have them computed anew.
         """
         self.weight_version = version
+        if retract:
+            for row in reversed(self.decoding.tolist()):
+                self.waiting.appendleft(self.retire(row))
         self.cache.flush()
         for row in self.decoding.tolist():
             sequence = self.rows.sequences[row]
             assert sequence is not None
             sequence.note_version(version, int(self.rows.num_tokens[row] - self.rows.num_prompt[row]))
         for prefilling in reversed(self.prefilling.copy()):
+            if (scores := self._scores(prefilling)) is not None:
+                scores.clear()
             self.waiting.appendleft(self.retire(prefilling))
 
     def _leave(self, row: int) -> LiveSample:
@@ -197,7 +231,13 @@ class Scheduler:
             if not admit_new and not sequence.started:
                 deferred.append(self.waiting.popleft())
                 continue
-            leader, same = self._ahead(sequence.tokens)
+            scores = sequence.request.scores
+            wanted = scores is not None and not scores.complete
+            if wanted:
+                assert scores is not None
+                leader, same = (self.rows.sequences[scores.row], True) if scores.row >= 0 else (None, False)
+            else:
+                leader, same = self._ahead(sequence.tokens)
             if leader is not None and not same:
                 deferred.append(self.waiting.popleft())
                 continue
@@ -205,7 +245,8 @@ class Scheduler:
             if leader is None:
                 # Those that decode will soon need pages as well: leave them one each for every page's worth of steps.
                 reserve = -(-len(self.decoding) // PAGE_SIZE)
-                known = self.cache.open_row(row, sequence.tokens, reserve)
+                limit = len(scores.log_probs) if wanted and scores is not None else None
+                known = self.cache.open_row(row, sequence.tokens, reserve, limit)
                 if known is None:
                     break
                 if sequence.num_cached is None:
@@ -217,6 +258,8 @@ class Scheduler:
             if leader is None:
                 assert known is not None
                 self.rows.num_computed[row] = known
+                if wanted and scores is not None:
+                    scores.row = row
                 self._start_prefill(row)
             else:
                 sequence.leader = leader
@@ -238,6 +281,13 @@ class Scheduler:
                 return other, False
         return None, False
 
+    def _scores(self, row: int) -> PromptScores | None:
+        """What the row, which prefills, must find out about its prompt."""
+        sequence = self.rows.sequences[row]
+        assert sequence is not None
+        scores = sequence.request.scores
+        return scores if scores is not None and scores.row == row else None
+
     def _start_prefill(self, row: int) -> None:
         self.prefilling.append(row)
         sequence = self.rows.sequences[row]
@@ -247,6 +297,8 @@ class Scheduler:
     def _end_prefill(self, row: int) -> list[LiveSample]:
         """The row's prompt is computed, or never will be; gives its followers."""
         self.prefilling.remove(row)
+        if (scores := self._scores(row)) is not None:
+            scores.row = -1
         key = self.rows.tokens[row, : min(PAGE_SIZE, self.rows.num_tokens[row])].tobytes()
         self._by_first_page[key].remove(row)
         if not self._by_first_page[key]:

@@ -23,6 +23,28 @@ from rollouts.training.types import WeightSpan
 
 
 @dataclass(eq=False)
+class PromptScores:
+    """The raw log-probs of a prompt's tokens from the second on, as far as they are known; one sample computes them."""
+
+    tokens: np.ndarray  # int32, the prompt
+    num_top: int
+    log_probs: list[float] = field(default_factory=list)
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+    row: int = -1  # where they are being computed
+
+    @property
+    def num_wanted(self) -> int:
+        return len(self.tokens) - 1
+
+    @property
+    def complete(self) -> bool:
+        return len(self.log_probs) == self.num_wanted
+
+    def clear(self) -> None:
+        self.log_probs, self.top = [], []
+
+
+@dataclass(eq=False)
 class Request:
     """One prompt and its ``n`` samples.
 
@@ -34,6 +56,8 @@ class Request:
     wake: Wake
     notify: Callable[[], object]
     streaming: bool = False
+    id: str | None = None
+    scores: PromptScores | None = None
     bound_text: BoundText | None = None  # empty; what a grammar leaves each sample to say
     completions: dict[int, Completion] = field(default_factory=dict)
     chunks: deque[CompletionChunk] = field(default_factory=deque)
@@ -85,6 +109,7 @@ class LiveSample:
             WeightSpan(version, start, end)
             for (_, version), start, end in zip(self.versions, bounds[:-1], bounds[1:], strict=False)
         ]
+        scores = self.request.scores
         return Completion(
             token_ids=self.tokens[self.num_prompt :].tolist(),
             log_probs=self.log_probs.tolist(),
@@ -96,6 +121,8 @@ class LiveSample:
             num_prompt_tokens=self.num_prompt,
             num_cached_tokens=self.num_cached or 0,
             sample_index=self.index,
+            prompt_log_probs=None if scores is None else [None, *scores.log_probs],
+            prompt_top_log_probs=[[], *scores.top] if scores is not None and scores.num_top else None,
         )
 
 

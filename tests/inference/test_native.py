@@ -42,7 +42,7 @@ def random_state(model: PreTrainedModel, num_rows: int, seed: int = 0) -> tuple[
 def decode(forward: object, rows: Rows, cache: KVCache, which: list[int]) -> torch.Tensor:
     """Logits of one step of some rows; the cache is left as it was but for their own new keys and values."""
     chosen = np.array(which)
-    plan = Plan(chosen, [], chosen, np.arange(len(chosen)))
+    plan = Plan(chosen, [], chosen, np.arange(len(chosen)), [])
     with torch.inference_mode():
         return forward(make_step(plan, rows, cache, torch.device("cpu"), with_reads=True), cache)  # type: ignore[operator]
 
