@@ -7,11 +7,13 @@ from collections.abc import Iterator
 
 import anyio
 import pytest
-from plain import plain_greedy, random_prompt
+import torch
+from plain import plain_greedy, plain_log_probs, random_prompt
 from transformers import PreTrainedModel
 
 from rollouts.errors import UserError
-from rollouts.inference import EmbeddedEngine, SamplingParams, StopReason
+from rollouts.inference import Completion, CompletionChunk, EmbeddedEngine, SamplingParams, StopReason
+from rollouts.training.types import WeightSpan
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 ENDLESS = SamplingParams(max_tokens=100_000, ignore_eos=True)
@@ -90,6 +92,88 @@ async def test_cancelling_frees_rows_and_pages(engine: EmbeddedEngine) -> None:
     assert time.monotonic() - started < 5
     assert engine.num_free_pages == engine.num_pages
     assert len((await engine.generate([5], GREEDY)).token_ids) == 24
+
+
+async def test_a_request_is_aborted_by_its_id_whether_it_runs_waits_or_streams(engine: EmbeddedEngine) -> None:
+    params = SamplingParams(max_tokens=3000, n=2, seed=3, ignore_eos=True)
+    groups: dict[str, list[Completion]] = {}
+    chunks: list[CompletionChunk] = []
+
+    async def group(name: str) -> None:
+        groups[name] = await engine.generate_group(random_prompt(20), params, request_id=name)
+
+    async def stream() -> None:
+        async for chunk in engine.stream([5, 6], ENDLESS, request_id="streamed"):
+            chunks.append(chunk)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stream)
+        tasks.start_soon(group, "one")
+        for i in range(5):
+            tasks.start_soon(engine.generate, random_prompt(10, i), ENDLESS)
+        await until(lambda: engine.num_running == 8 and engine.num_sampled_tokens > 60)
+        tasks.start_soon(group, "two")
+        await until(lambda: engine.num_waiting == 2)
+        await engine.abort("nobody")
+        assert engine.num_running == 8 and engine.num_waiting == 2
+        await engine.abort("two")
+        await until(lambda: "two" in groups)
+        assert engine.num_waiting == 0 and engine.num_running == 8
+        await engine.abort("one")
+        await engine.abort("streamed")
+        await until(lambda: "one" in groups and bool(chunks) and chunks[-1].completion is not None)
+        tasks.cancel_scope.cancel()
+    full = await engine.generate_group(random_prompt(20), SamplingParams(max_tokens=400, n=2, seed=3, ignore_eos=True))
+    for got, whole in zip(groups["one"], full, strict=True):
+        count = len(got.token_ids)
+        assert count > 0 and got.token_ids[:400] == whole.token_ids[:count]
+        assert len(got.log_probs) == count and got.weight_versions == [WeightSpan(0, 0, count)]
+    assert [(c.token_ids, c.stop_reason) for c in groups["two"]] == [([], StopReason.ABORTED)] * 2
+    assert groups["one"][0].stop_reason is StopReason.ABORTED
+    assert chunks[-1].completion is not None
+    assert chunks[-1].completion.token_ids == [token for chunk in chunks for token in chunk.token_ids]
+
+
+async def test_preempted_samples_are_aborted_with_what_they_had(peaked_model: PreTrainedModel) -> None:
+    page_bytes = 2 * 2 * 2 * 16 * 16 * 4
+    params = SamplingParams(max_tokens=1000, seed=1, ignore_eos=True)
+    results: dict[int, Completion] = {}
+    with EmbeddedEngine(peaked_model, max_length=1024, cache_bytes=page_bytes * 64) as engine:
+
+        async def one(i: int) -> None:
+            results[i] = await engine.generate(random_prompt(20, i), params)
+
+        async with anyio.create_task_group() as tasks:
+            for i in range(6):
+                tasks.start_soon(one, i)
+            await until(lambda: engine.num_preemptions > 0 and engine.num_waiting > 0)
+            await engine.pause_generation()
+            await engine.abort_all()
+            await engine.continue_generation()
+    assert min(len(c.token_ids) for c in results.values()) > 0
+    for i, got in results.items():
+        count = len(got.token_ids)
+        assert got.stop_reason is StopReason.ABORTED and got.weight_versions == [WeightSpan(0, 0, count)]
+        expected = plain_log_probs(peaked_model, random_prompt(20, i), got.token_ids)
+        torch.testing.assert_close(got.log_probs, expected, atol=1e-4, rtol=0)
+
+
+async def test_chunks_tell_what_completions_tell(engine: EmbeddedEngine) -> None:
+    params = SamplingParams(max_tokens=12, seed=4, top_log_probs=2, ignore_eos=True)
+    chunks = [chunk async for chunk in engine.stream([7, 8, 9], params)]
+    final = chunks[-1].completion
+    assert final is not None
+    assert [top for chunk in chunks[:-1] for top in chunk.top_log_probs or []] == final.top_log_probs
+    assert {chunk.weight_version for chunk in chunks[:-1]} == {0}
+
+
+async def test_an_engine_lives_until_it_is_closed(peaked_model: PreTrainedModel) -> None:
+    engine = EmbeddedEngine(peaked_model, max_length=64)
+    assert engine.alive
+    engine.close()
+    assert not engine.alive
+    with pytest.raises(RuntimeError, match="closed"):
+        await engine.flush_cache()
 
 
 async def test_leaving_a_stream_stops_its_sampling(engine: EmbeddedEngine) -> None:

@@ -116,6 +116,37 @@ def test_continuing_samples_tell_which_version_sampled_what(
     assert after.token_ids == plain_greedy(other, PROMPT + got.token_ids, 24)
 
 
+def test_retracted_samples_go_on_as_if_the_new_weights_had_read_them(
+    engine: EmbeddedEngine, model: PreTrainedModel, other: PreTrainedModel
+) -> None:
+    (old,) = engine.generate_batch([PROMPT], LONG)
+    thread, results = in_background(engine, count=5)
+    engine.update_weights(other, mode="retract").wait(10)
+    thread.join()
+    for seed, got in enumerate(results[:4]):
+        first, second = got.weight_versions
+        assert (first.version, first.start, second.version, second.start, second.end) == (5, 0, 6, first.end, 400)
+        # Unlike those that merely continue, the later tokens have exactly the new model's log-probs.
+        expected = plain_log_probs(other, random_prompt(40, seed), got.token_ids)
+        torch.testing.assert_close(got.log_probs[first.end :], expected[first.end :], atol=1e-4, rtol=0)
+    cut = results[0].weight_versions[0].end
+    assert results[0].token_ids[:cut] == old.token_ids[:cut]
+    assert results[4].weight_versions == [WeightSpan(6, 0, 400)]
+
+
+def test_a_flushed_cache_is_forgotten_and_disturbs_nobody(engine: EmbeddedEngine) -> None:
+    expected = engine.generate_batch([random_prompt(40, seed) for seed in range(2)], LONG)
+    (known,) = engine.generate_batch([PROMPT], GREEDY)
+    assert known.num_cached_tokens > 0
+    thread, results = in_background(engine, count=2)
+    engine.flush_cache().wait(10)
+    (got,) = engine.generate_batch([PROMPT], GREEDY)
+    thread.join()
+    assert (got.num_cached_tokens, got.token_ids, got.weight_version) == (0, known.token_ids, 5)
+    assert [c.token_ids for c in results] == [c.token_ids for c in expected]
+    assert engine.num_free_pages == engine.num_pages
+
+
 def test_aborted_samples_keep_what_they_have(engine: EmbeddedEngine, other: PreTrainedModel) -> None:
     (old,) = engine.generate_batch([PROMPT], LONG)
     thread, results = in_background(engine, count=5)

@@ -1,0 +1,303 @@
+"""The thread that computes: commands between steps, steps, and the news that they make.
+
+It never waits for a caller. Everything here but ``send``, ``check_alive``, ``alive`` and ``close`` runs in the thread
+itself; other threads reach it by sending functions.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from rollouts.errors import UserError
+from rollouts.inference.completion import CompletionChunk, StopReason
+from rollouts.inference.grammars import TokenMasks, unpack_bits
+from rollouts.inference.kv_cache import KVCache
+from rollouts.inference.model_runner import Forward
+from rollouts.inference.native import native_library, release_threads
+from rollouts.inference.protocol import UpdateMode
+from rollouts.inference.random_numbers import uniforms
+from rollouts.inference.sampler import BatchParams, Sampled, history_of, sample
+from rollouts.inference.scheduler import Plan, Scheduler
+from rollouts.inference.sequences import LiveSample, PromptScores, Request, Rows
+from rollouts.inference.step_inputs import make_step
+from rollouts.inference.wake import Wake
+from rollouts.inference.weights import copy_weights
+from rollouts.training.types import TrainFuture
+
+
+@dataclass(frozen=True)
+class WeightUpdate:
+    """A weight update that waits for its place between two steps; see ``EmbeddedEngine.update_weights``."""
+
+    weights: Mapping[str, torch.Tensor] | nn.Module | None
+    version: int | None
+    mode: UpdateMode | Literal["retract"]
+    future: TrainFuture[int]
+
+
+class EngineThread:
+    """Runs from the moment it is made until ``close``; what it waits for are commands."""
+
+    def __init__(
+        self, model: nn.Module, forward: Forward, rows: Rows, cache: KVCache, scheduler: Scheduler, native: bool
+    ) -> None:
+        self.scheduler = scheduler
+        self.updates: deque[WeightUpdate] = deque()
+        self.pauses = 0
+        self.error: BaseException | None = None
+        self._model = model
+        self._forward = forward
+        self._rows = rows
+        self._cache = cache
+        self._device = cache.keys[0].device
+        self._library = native_library() if native and self._device.type == "cpu" else None
+        self._batch_of = b""  # the rows that the next two speak of
+        self._batch_params: BatchParams = None  # type: ignore[assignment]
+        self._token_masks: TokenMasks | None = None
+        self._requests: set[Request] = set()
+        self._news: dict[Wake, list[Callable[[], object]]] = {}
+        self._closed = False
+        self._inbox: deque[Callable[[], object]] = deque()
+        self._inbox_changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="rollouts-engine", daemon=True)
+        self._thread.start()
+
+    # -- from any thread ----------------------------------------------------------------------------------------------
+
+    def send(self, command: Callable[[], object]) -> None:
+        """Run ``command`` between two steps, after those sent before.
+
+        Raises:
+            RuntimeError: the engine is closed or has failed.
+        """
+        with self._inbox_changed:
+            self.check_alive()
+            self._inbox.append(command)
+            self._inbox_changed.notify()
+
+    def check_alive(self) -> None:
+        if self.error is not None:
+            raise RuntimeError("the engine's thread has failed") from self.error
+        if self._closed:
+            raise RuntimeError("the engine is closed")
+
+    @property
+    def alive(self) -> bool:
+        return self.error is None and not self._closed
+
+    def close(self) -> None:
+        def close() -> None:
+            self._closed = True
+
+        with suppress(RuntimeError):
+            self.send(close)
+        self._thread.join()
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        try:
+            while not self._closed:
+                self._run_commands()
+                self._apply_updates()
+                if not self.pauses and not self._closed:
+                    self._step()
+                self._deliver()
+        except BaseException as error:  # a dead engine must not leave anyone waiting
+            self.error = error
+        with self._inbox_changed:
+            self._closed = True
+            while self._inbox:
+                self._inbox.popleft()()
+        failure = RuntimeError("the engine was closed" if self.error is None else "the engine's thread has failed")
+        failure.__cause__ = self.error
+        for update in self.updates:
+            update.future.set_exception(failure)
+        for request in self._requests:
+            request.error = failure
+            self._tell(request)
+        self._deliver()
+
+    def _run_commands(self) -> None:
+        with self._inbox_changed:
+            while not self._inbox and (self.pauses or (self.scheduler.idle and not self.updates)):
+                release_threads()
+                self._inbox_changed.wait()
+            commands = list(self._inbox)
+            self._inbox.clear()
+        for command in commands:
+            command()
+
+    def _apply_updates(self) -> None:
+        while self.updates:
+            update = self.updates[0]
+            in_flight = [s for s in self._samples() if s.row >= 0 or s.started]
+            if update.mode == "drain" and in_flight:
+                return
+            self.updates.popleft()
+            try:
+                if update.weights is not None:
+                    copy_weights(update.weights, self._model)
+            except UserError as error:
+                update.future.set_exception(error)
+                continue
+            if update.mode == "abort":
+                for each in in_flight:
+                    self.scheduler.remove(each)
+                    self._finish(each, StopReason.ABORTED)
+            version = self.scheduler.weight_version + 1 if update.version is None else update.version
+            self.scheduler.change_weights(version, retract=update.mode == "retract")
+            self._forward.refresh()
+            update.future.set_result(version)
+
+    def _deliver(self) -> None:
+        for wake, functions in self._news.items():
+            # RuntimeError: the loop is closed, and nobody waits in it any more.
+            with suppress(RuntimeError):
+                wake(lambda functions=functions: [function() for function in functions])  # type: ignore[misc]
+        self._news = {}
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def admit(self, request: Request, samples: list[LiveSample]) -> None:
+        self._requests.add(request)
+        self.scheduler.waiting.extend(samples)
+
+    def abort(self, request: Request) -> None:
+        """End the request's samples with what they have."""
+        for each in self._samples(request):
+            self.scheduler.remove(each)
+            self._finish(each, StopReason.ABORTED)
+
+    def abort_where(self, chosen: Callable[[Request], bool]) -> None:
+        for request in [request for request in self._requests if chosen(request)]:
+            self.abort(request)
+
+    def _samples(self, request: Request | None = None) -> list[LiveSample]:
+        """Those that are not done, of one request or of all."""
+        running = [each for each in self._rows.sequences if each is not None]
+        return [s for s in (*running, *self.scheduler.waiting) if request is None or s.request is request]
+
+    def _finish(self, sample: LiveSample, reason: StopReason, match: int | str | None = None) -> None:
+        request = sample.request
+        completion = sample.complete(reason, match)
+        request.completions[sample.index] = completion
+        if request.streaming:
+            request.chunks.append(CompletionChunk(sample.index, [], [], [], completion))
+        if request.done:
+            self._requests.discard(request)
+        if request.done or request.streaming:
+            self._tell(request)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        for each in self._samples(request):
+            self.scheduler.remove(each)
+        request.error = error
+        self._requests.discard(request)
+        self._tell(request)
+
+    def _tell(self, request: Request) -> None:
+        """Remember to notify the request's caller; one call an event loop and step."""
+        self._news.setdefault(request.wake, []).append(request.notify)
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        plan = self.scheduler.plan(admit_new=not self.updates)
+        if plan is None:
+            return
+        step = make_step(plan, self._rows, self._cache, self._device, self._forward.needs_reads)
+        logits = self._forward(step, self._cache)
+        count = len(plan.sampling)
+        for scored, (row, start, end) in plan.scored:
+            _score(self._rows.sequences[row].request.scores, logits[scored], start, end)  # type: ignore[union-attr, arg-type]
+        sampled = self._sample(plan.sampling, logits[:count]) if count else None
+        keep = self.scheduler.computed(plan)
+        if sampled is not None:
+            self._append(plan, keep, sampled)
+
+    def _sample(self, rows: np.ndarray, logits: torch.Tensor) -> Sampled:
+        state = self._rows
+        key = rows.tobytes() + state.generation.to_bytes(8, "little")
+        if self._batch_of != key:
+            self._batch_of = key
+            self._batch_params, self._token_masks = state.batch_params(rows, self._device), state.token_masks(rows)
+        params = self._batch_params
+        ends = state.num_tokens[rows]
+        history = is_output = None
+        if params.penalized is not None:
+            p = rows[state.penalized[rows]]
+            history, is_output = (
+                x.to(self._device) for x in history_of(state.tokens[p], state.num_prompt[p], state.num_tokens[p])
+            )
+        allowed = None
+        if self._token_masks is not None:
+            allowed = unpack_bits(self._token_masks.bits().to(self._device), logits.shape[1])
+        numbers = torch.from_numpy(uniforms(state.random_start[rows], ends - state.num_prompt[rows])).to(self._device)
+        return sample(logits, params, numbers, history, is_output, allowed, self._library)
+
+    def _append(self, plan: Plan, keep: np.ndarray, sampled: Sampled) -> None:
+        """Record the step's tokens, then look at those rows alone that end or that something watches."""
+        sampled_ids, log_probs, raw_log_probs = _to_host(sampled.token_ids, sampled.log_probs, sampled.raw_log_probs)
+        rows, state = plan.sampling[keep], self._rows
+        token_ids, log_probs, raw_log_probs = sampled_ids[keep], log_probs[keep], raw_log_probs[keep]
+        stopped, full = self.scheduler.append(rows, token_ids, log_probs, raw_log_probs)
+        if self._token_masks is not None:
+            bound = np.nonzero(state.constrained[plan.sampling])[0]
+            goes_on = keep.copy()
+            goes_on[keep] = ~stopped
+            self._token_masks.consume(np.nonzero(goes_on[bound])[0], sampled_ids[bound[goes_on[bound]]])
+        top = [_to_host(x)[0][keep] for x in sampled.top] if sampled.top is not None else None
+        for i in np.nonzero(stopped | full | state.watched[rows])[0]:
+            row, token_id = int(rows[i]), int(token_ids[i])
+            live = state.sequences[row]
+            if live is None:
+                continue  # its request has failed with another of its samples
+            pairs = None
+            if top is not None and (count := live.request.params.top_log_probs):
+                pairs = [list(zip(top[1][i, :count].tolist(), top[0][i, :count].tolist(), strict=True))]
+                live.top_log_probs += pairs
+            match = live.stop_strings.push(token_id) if live.stop_strings is not None else None
+            if live.request.streaming:
+                of_token = [float(log_probs[i])], [float(raw_log_probs[i])], None, pairs
+                live.request.chunks.append(
+                    CompletionChunk(live.index, [token_id], *of_token, self.scheduler.weight_version)
+                )
+                self._tell(live.request)
+            if stopped[i] or match is not None or full[i]:
+                self.scheduler.retire(row)
+                if live.bound_text is not None and (error := live.bound_text.error) is not None:
+                    name = live.request.params.constrained
+                    self._fail(live.request, UserError(f"sampling parameter {name} cost too much: {error}"))
+                elif stopped[i]:
+                    self._finish(live, StopReason.STOP_TOKEN, token_id)
+                else:
+                    self._finish(live, StopReason.LENGTH if match is None else StopReason.STOP_STRING, match)
+
+
+def _score(scores: PromptScores, logits: torch.Tensor, start: int, end: int) -> None:
+    """Note the log-probs of prompt tokens [start + 1, end + 1), of which ``logits`` [end - start, V] speak."""
+    log_probs = logits.float().log_softmax(-1)
+    tokens = torch.from_numpy(scores.tokens[start + 1 : end + 1].astype(np.int64)).to(logits.device)
+    scores.log_probs += log_probs.gather(-1, tokens[:, None])[:, 0].tolist()
+    if scores.num_top:
+        values, ids = log_probs.topk(min(scores.num_top, logits.shape[-1]), dim=-1)
+        scores.top += [list(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
+
+
+def _to_host(*tensors: torch.Tensor) -> list[np.ndarray]:
+    """Tensors of one shape as arrays, with one transfer from a GPU; float64 holds every id and float32 exactly."""
+    if tensors[0].device.type == "cpu":
+        return [x.numpy() for x in tensors]
+    packed = torch.stack([x.double() for x in tensors]).cpu()
+    return [x.to(like.dtype).numpy() for x, like in zip(packed, tensors, strict=True)]
