@@ -50,6 +50,8 @@ class LossModel(nn.Module):
                 "cu_seqlens": batch["cu_seqlens"],
                 "max_seqlen": batch["max_seqlen"],
             }
+            if "prefixes" in batch:
+                inputs["prefixes"] = batch["prefixes"]
         # Rows padded on the right need no mask: under causal attention no token sees the padding behind it.
         logits: torch.Tensor | DeferredLogits
         if self._defer and getattr(loss_fn, "accepts_deferred_logits", False):
@@ -63,7 +65,8 @@ class LossModel(nn.Module):
 
 
 _MODEL_KEYS = {
-    "input_ids", "labels", "loss_mask", "position_ids", "cu_seqlens", "max_seqlen", "loss_positions",
+    "input_ids", "labels", "loss_mask", "position_ids", "cu_seqlens", "max_seqlen", "prefixes",
+    "loss_positions",
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import torch
 
 from rollouts.training.backends.protocol import Batch
 from rollouts.training.loops.batches import empty_batch, plan_micro_batches, prepare_sft_batch, sample_lengths
+from rollouts.training.loops.shared_prompts import plan_shared_micro_batches, prepare_shared_batch
 from rollouts.training.types import Sample, SampleStatus
 
 Columns = Mapping[str, Sequence[np.ndarray]]
@@ -33,7 +34,7 @@ def is_learnable(sample: Sample) -> bool:
     return ended and sample.reward is not None and math.isfinite(sample.reward) and sample.num_loss_tokens > 0
 
 
-def prepare_rl_batch(samples: Sequence[Sample], columns: Columns | None = None) -> Batch:
+def prepare_rl_batch(samples: Sequence[Sample], columns: Columns | None = None, share_prompts: bool = True) -> Batch:
     """Tensors of one packed micro-batch of a policy update.
 
     Args:
@@ -41,12 +42,14 @@ def prepare_rl_batch(samples: Sequence[Sample], columns: Columns | None = None) 
             ``rollout_log_probs`` are taken from those that all have them.
         columns: further quantities for the loss (``old_log_probs``, ``ref_log_probs``, ``values``, ``returns``,
             ``token_weights``), one array [n_i] a sample.
+        share_prompts: compute the prompt of neighbors of one group once.
 
     Returns:
-        What ``prepare_sft_batch`` gives, ``sequence_ids`` [N] int64, and each quantity [N] float32, all aligned with
-        ``loss_positions``.
+        What ``prepare_sft_batch`` or ``prepare_shared_batch`` gives, ``sequence_ids`` [N] int64, and each quantity [N]
+        float32, all aligned with ``loss_positions``.
     """
-    batch = dict(prepare_sft_batch(samples) if samples else empty_batch())
+    prepare = prepare_shared_batch if share_prompts else prepare_sft_batch
+    batch = dict(prepare(samples) if samples else empty_batch())
     positions = [learned_positions(s) for s in samples]
     counts = [len(p) for p in positions]
     batch["sequence_ids"] = torch.from_numpy(np.repeat(np.arange(len(samples)), counts))
@@ -69,17 +72,23 @@ def collate_rl_step(
     columns: Columns | None = None,
     rank: int = 0,
     world_size: int = 1,
+    share_prompts: bool = True,
 ) -> tuple[list[Batch], list[list[int]]]:
     """This rank's micro-batches of a pass over ``samples[i] for i in indices``, and the indices that each holds.
 
     ``columns`` speak of all ``samples``. Every rank gets as many micro-batches as every other.
     """
-    lengths = sample_lengths([samples[i] for i in indices])
-    plan = plan_micro_batches(lengths, max_tokens, world_size)[rank]
+    given = [samples[i] for i in indices]
+    if share_prompts:
+        plan = plan_shared_micro_batches(given, max_tokens, world_size)[rank]
+    else:
+        plan = plan_micro_batches(sample_lengths(given), max_tokens, world_size)[rank]
     members = [[indices[p] for p in positions] for positions in plan]
     batches = [
         prepare_rl_batch(
-            [samples[i] for i in chosen], {name: [c[i] for i in chosen] for name, c in (columns or {}).items()}
+            [samples[i] for i in chosen],
+            {name: [c[i] for i in chosen] for name, c in (columns or {}).items()},
+            share_prompts,
         )
         for chosen in members
     ]
