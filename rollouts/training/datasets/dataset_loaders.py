@@ -10,8 +10,9 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -425,8 +426,12 @@ def _encode_batch(
 def load_rl_prompts(source: Source | Sequence[Source], *, on_bad_row: str = "fail") -> list[Sample]:
     """Prompts to roll out: ``Sample``s with status PENDING whose ``prompt`` is a list of messages.
 
-    Rows may be in any conversation format; a final assistant message is taken off and kept as the reference answer.
-    ``metadata`` holds the row's other fields, ``answer`` where there is one, and ``tools`` where there are some.
+    Rows may be in any conversation format, TRL's (``prompt`` and further columns) and verl's (``data_source, prompt,
+    ability, reward_model, extra_info``) among them; a final assistant message is taken off and kept as the reference
+    answer. ``metadata`` holds the row's other fields, ``answer`` where there is one and ``tools`` where there are some.
+
+    Ids are the file's name (in a folder: its path from there) and the line, ``train.parquet:7``: unique, and the same
+    wherever the files lie. Repeated prompts are samples of their own, ``train.parquet:7#2``.
 
     Raises:
         UserError: a source that is missing or empty, or bad rows with "fail".
@@ -450,14 +455,19 @@ def _load_prompts(
     specs = _specs(source)
     report = LoadReport()
     samples: list[list[Sample]] = []
+    names: dict[str, str] = {}  # file -> what the ids of its rows begin with
     for spec in specs:
         samples.append([])
+        root = Path(spec.path) if Path(spec.path).is_dir() else Path(spec.path).parent
         for row in read_rows(spec):
             report.rows += 1
             try:
                 if row.error:
                     raise BadRow(row.error)
-                sample = _prompt_sample(row)
+                if row.file not in names:
+                    name = os.path.relpath(row.file, root) if Path(row.file).exists() else row.file
+                    names[row.file] = row.file if name in names.values() else name  # two files of one name
+                sample = _prompt_sample(row, names[row.file])
                 check(row, sample)
                 samples[-1].append(sample)
             except BadRow as e:
@@ -469,15 +479,22 @@ def _load_prompts(
         if not found:
             raise UserError(f"{spec.path}: holds no usable prompts; check the file")
     flat = [s for found in samples for s in found]
-    return [flat[i] for i in _mixture(specs, [len(found) for found in samples], seed=0)]
+    uses: Counter[str] = Counter()
+    prompts = []
+    for i in _mixture(specs, [len(found) for found in samples], seed=0):
+        sample = flat[i]
+        uses[sample.id] += 1
+        again = f"{sample.id}#{uses[sample.id]}"
+        prompts.append(sample if uses[sample.id] == 1 else replace(sample, id=again, metadata=dict(sample.metadata)))
+    return prompts
 
 
-def _prompt_sample(row: Row) -> Sample:
+def _prompt_sample(row: Row, file: str) -> Sample:
     messages, answer, metadata = prompt_and_answer(row.data)
     if answer is not None:
         metadata["answer"] = answer
     metadata |= {"file": row.file, "line": row.line}
-    return Sample(prompt=messages, id=row.where, status=SampleStatus.PENDING, metadata=metadata)
+    return Sample(prompt=messages, id=f"{file}:{row.line}", status=SampleStatus.PENDING, metadata=metadata)
 
 
 def export_samples_to_jsonl(samples: Iterable[Sample], path: str | Path) -> int:

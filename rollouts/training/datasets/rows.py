@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +14,7 @@ from rollouts.training.datasets.sources import has_lone_surrogate, parse_json
 Message = dict[str, Any]
 Conversation = dict[str, Any]  # {"messages": [Message, ...], "tools": [tool, ...] | None} or {"text": str}
 
-FORMATS = "messages, conversations, prompt/completion, instruction/output, question/answer or text"
+FORMATS = "messages, conversations, prompt/completion, instruction/output, question/answer, problem/solution or text"
 MAX_DEPTH = 64
 _ROLES = {
     "system": ("system", "developer"),
@@ -21,7 +24,12 @@ _ROLES = {
     "function_call": ("function_call", "tool_call"),  # ShareGPT's name for an assistant turn that is a tool call
 }
 _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
-_PAIRS = {"prompt": ("completion", "response"), "instruction": ("output", "response"), "question": ("answer",)}
+_PAIRS = {
+    "prompt": ("completion", "response"),
+    "instruction": ("output", "response"),
+    "question": ("answer",),
+    "problem": ("solution", "answer"),
+}
 
 
 class BadRow(Exception):
@@ -51,7 +59,8 @@ def canonical_row(data: Any, text_field: str | None = None) -> Conversation:
 def prompt_and_answer(data: Any) -> tuple[list[Message], str | None, dict[str, Any]]:
     """Split a row for RL: the messages to answer, the reference answer if there is one, and the row's other fields.
 
-    The answer is the field ``answer`` or ``ground_truth``, else the text of a final assistant message.
+    The answer is verl's ``reward_model.ground_truth``, else the field ``answer``, ``ground_truth`` or ``solution``,
+    else the text of a final assistant message. An answer that is no text is written as JSON.
 
     Raises:
         BadRow: as ``canonical_row``, or the row has no user message.
@@ -63,17 +72,40 @@ def prompt_and_answer(data: Any) -> tuple[list[Message], str | None, dict[str, A
     answer = None
     if messages and messages[-1]["role"] == "assistant":
         answer = messages.pop()["content"]
-    for name in ("ground_truth", "answer"):
-        if name in fields:
-            answer = fields[name] if isinstance(fields[name], str) else str(fields[name])
+    grading = fields.get("reward_model")
+    named = fields | ({"verl's": grading.get("ground_truth")} if isinstance(grading, Mapping) else {})
+    for name in ("solution", "ground_truth", "answer", "verl's"):
+        if named.get(name) is not None:
+            answer = _answer_text(plain_json(named[name]))
     if answer is not None:
         _check_string(answer, "answer")
     if not any(m["role"] == "user" for m in messages):
         raise BadRow("has no user message: nothing to answer")
-    used = {"messages", "conversations", "prompt", "completion", "instruction", "input", "output", "question", "answer"}
-    rest = {k: v for k, v in fields.items() if k not in used}
+    used = {"messages", "conversations", "prompt", "completion", "instruction", "input", "output", "question", "answer",
+            "problem"}  # fmt: skip
+    rest = {k: plain_json(v) for k, v in fields.items() if k not in used}
     check_json(rest, "row")
     return messages, answer, rest
+
+
+def _answer_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    check_json(value, "answer")
+    return json.dumps(value, ensure_ascii=False)
+
+
+def plain_json(value: Any, depth: int = 0) -> Any:
+    """What tables hold beside JSON, as JSON: dates in ISO form, exact decimals as text."""
+    if depth > MAX_DEPTH:
+        return value  # which check_json refuses
+    if isinstance(value, Mapping):
+        return {k: plain_json(v, depth + 1) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(v, depth + 1) for v in value]
+    if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
+        return value.isoformat()
+    return str(value) if isinstance(value, decimal.Decimal) else value
 
 
 def _fields(data: Any) -> dict[str, Any]:

@@ -331,7 +331,7 @@ def test_rl_prompts_keep_the_answer_apart(tmp_path: Path) -> None:
     first, second, third = load_rl_prompts(file)
     assert first.prompt == [{"role": "user", "content": "1 + 1?"}]
     assert first.metadata == {"level": "easy", "answer": "#### 2", "file": str(file), "line": 1}
-    assert (first.status, first.tokens, first.id) == (SampleStatus.PENDING, (), f"{file}:1")
+    assert (first.status, first.tokens, first.id) == (SampleStatus.PENDING, (), "p.jsonl:1")
     assert second.metadata["answer"] == "g"
     assert "answer" not in third.metadata
     with pytest.raises(UserError, match=r"1 bad of 3 rows, the first at .*p.jsonl:3: has no answer"):
