@@ -14,11 +14,11 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # One thread a process: the test processes share the cores.
-test test-all: export OMP_NUM_THREADS = 1
-test test-all: export MKL_NUM_THREADS = 1
-test test-all: export TOKENIZERS_PARALLELISM = false
+test test-all test-browser: export OMP_NUM_THREADS = 1
+test test-all test-browser: export MKL_NUM_THREADS = 1
+test test-all test-browser: export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup speedrun test test-all lint format clean
+.PHONY: setup speedrun test test-all test-browser lint format clean
 
 speedrun: $(STAMP)
 	$(BIN)/rollouts speedrun $(ARGS)
@@ -28,6 +28,13 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -n $(WORKERS) -m "" $(ARGS)
+
+# The chat page in a headless Chromium, which root gets from Debian where it is missing.
+test-browser: lint
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
+		|| { echo "chromium is missing: install it, or run this as root on Debian"; exit 1; }
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS:%=-c %) -e '.[browser]'
+	$(BIN)/python -m pytest -m browser tests/serving/browser $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -11,11 +11,12 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rollouts.errors import UserError
 from rollouts.serving import openai_chat, openai_completions
+from rollouts.serving.chat_page import add_chat_page
 from rollouts.serving.errors import RequestError, error_response
 from rollouts.serving.guard import Guard
 from rollouts.serving.metrics import Metrics
@@ -38,14 +39,11 @@ def make_app(models: Mapping[str, ServedModel], settings: Settings) -> ASGIApp:
     _add_error_handlers(app)
     _add_openai_routes(app, models, settings, metrics)
     add_sglang_routes(app, models, settings, metrics)
+    add_chat_page(app)
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @app.get("/")
-    async def show_front() -> PlainTextResponse:
-        return PlainTextResponse(f"rollouts serves {', '.join(models)}; the API is at /v1\n")
 
     return _Counted(Guard(app, settings), metrics)
 

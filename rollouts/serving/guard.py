@@ -9,7 +9,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from rollouts.serving.errors import RequestError, error_response
 from rollouts.serving.settings import Settings, host_is_allowed
 
-OPEN_PATHS = ("/health",)  # for load balancers, which carry no key
+# Without a key: what load balancers ask, and the page's files, which hold no secret; the page itself asks for the key.
+OPEN_PATHS = ("/health", "/")
+OPEN_FOLDER = "/page/"
 
 
 class Guard:
@@ -45,7 +47,8 @@ def check_head(scope: Scope, settings: Settings) -> None:
     allowed_origins = {f"{scheme}://{hosts[0]}".lower() for scheme in ("http", "https")}
     if any(origin.decode("latin-1").lower() not in allowed_origins for origin in headers.get(b"origin", [])):
         raise RequestError("requests from pages of other sites are refused", param="Origin", status=403)
-    if settings.api_key is not None and scope["path"] not in OPEN_PATHS:
+    open_path = scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER)
+    if settings.api_key is not None and not open_path:
         given = headers.get(b"authorization", [b""])[0]
         if not hmac.compare_digest(given, b"Bearer " + settings.api_key.encode()):
             raise RequestError(
