@@ -22,7 +22,7 @@ from rollouts.serving.guard import Guard
 from rollouts.serving.metrics import Metrics
 from rollouts.serving.openai_schema import ChatRequest, CompletionRequest, SamplingRequest
 from rollouts.serving.requests import read_request
-from rollouts.serving.served_model import ServedModel
+from rollouts.serving.served_model import ServedModel, find_model
 from rollouts.serving.settings import Settings
 from rollouts.serving.sglang_routes import add_sglang_routes
 from rollouts.serving.sse import as_request_error, event_stream, unless_disconnected
@@ -55,16 +55,16 @@ def _add_openai_routes(app: FastAPI, models: Mapping[str, ServedModel], settings
 
     @app.get("/v1/models/{name:path}")
     async def show_model(name: str) -> dict[str, Any]:
-        return _describe(_find(models, name))
+        return _describe(find_model(models, name))
 
     @app.post("/v1/chat/completions")
     async def complete_chat(request: Request) -> Response:
         body = await read_request(request, ChatRequest, settings)
         served = _find_for(models, body)
-        job = await openai_chat.prepare(served, body)
+        prepared = await openai_chat.prepare(served, body)
         if body.stream:
-            return event_stream(openai_chat.events(served, metrics, body, job))
-        work = partial(openai_chat.answer, served, metrics, body, job)
+            return event_stream(openai_chat.events(served, metrics, body, prepared))
+        work = partial(openai_chat.answer, served, metrics, body, prepared)
         return JSONResponse(await unless_disconnected(request, work))
 
     @app.post("/v1/completions")
@@ -81,18 +81,7 @@ def _add_openai_routes(app: FastAPI, models: Mapping[str, ServedModel], settings
 def _find_for(models: Mapping[str, ServedModel], request: SamplingRequest) -> ServedModel:
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options: needs stream to be true", "stream_options")
-    return _find(models, request.model)
-
-
-def _find(models: Mapping[str, ServedModel], name: str) -> ServedModel:
-    if name not in models:
-        raise RequestError(
-            f"the model {name[:100]!r} is not served here; GET /v1/models lists those that are",
-            "model",
-            status=404,
-            code="model_not_found",
-        )
-    return models[name]
+    return find_model(models, request.model)
 
 
 def _describe(served: ServedModel) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rollouts.serving.errors import RequestError
-from rollouts.serving.openai_schema import ChatRequest, Message, MessageToolCall
+from rollouts.serving.openai_schema import ChatRequest, Function, Message, MessageToolCall, NamedToolChoice
 from rollouts.serving.strict_json import parse_json
 
 RESERVED = {
@@ -57,18 +57,28 @@ def template_tools(request: ChatRequest) -> list[dict[str, Any]] | None:
     """The tools that the model is told of; None when there are none or ``tool_choice`` is none.
 
     Raises:
-        RequestError: a choice that only constrained decoding could force.
+        RequestError: a choice without tools to choose from.
     """
-    choice = request.tool_choice
-    if choice not in (None, "none", "auto"):
-        raise RequestError(
-            "tool_choice: only auto and none are supported; say in the prompt which to call", "tool_choice"
-        )
-    if choice == "auto" and not request.tools:
+    if request.tool_choice not in (None, "none") and not request.tools:
         raise RequestError("tool_choice: there are no tools to choose from; send tools", "tool_choice")
-    if not request.tools or choice == "none":
+    if not request.tools or request.tool_choice == "none":
         return None
     return [tool.model_dump(exclude_none=True) for tool in request.tools]
+
+
+def forced_functions(request: ChatRequest) -> list[Function]:
+    """The functions of which ``tool_choice`` wants one called; none if the model is free. Raises RequestError."""
+    functions = [tool.function for tool in request.tools or []]
+    if request.tool_choice == "required":
+        return functions
+    if not isinstance(request.tool_choice, NamedToolChoice):
+        return []
+    name = request.tool_choice.function.name
+    named = [function for function in functions if function.name == name]
+    if not named:
+        field = "tool_choice.function.name"
+        raise RequestError(f"{field}: no tool is called {name[:80]!r}", field)
+    return named[:1]
 
 
 def template_options(request: ChatRequest) -> dict[str, Any]:

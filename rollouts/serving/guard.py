@@ -58,9 +58,10 @@ def check_head(scope: Scope, settings: Settings) -> None:
                 code="invalid_api_key",
             )
     length = headers.get(b"content-length", [b"0"])[0]
-    if not length.isdigit() or len(length) > 18 or int(length) > settings.max_body_bytes:
-        raise body_too_large(settings)
+    limit = settings.max_bytes(scope["path"])
+    if not length.isdigit() or len(length) > 18 or int(length) > limit:
+        raise body_too_large(limit)
 
 
-def body_too_large(settings: Settings) -> RequestError:
-    return RequestError(f"the body is larger than {settings.max_body_bytes:,} bytes; send less", status=413)
+def body_too_large(limit: int) -> RequestError:
+    return RequestError(f"the body is larger than {limit:,} bytes; send less", status=413)

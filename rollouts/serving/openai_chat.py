@@ -1,51 +1,94 @@
-"""``/v1/chat/completions``: a conversation in, the assistant's next message out, tool calls told from text."""
+"""``/v1/chat/completions``: a conversation in, the assistant's next message out."""
 
 from __future__ import annotations
 
 import time
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rollouts.inference import Completion, CompletionChunk
-from rollouts.serving.chat_messages import template_messages, template_options, template_tools
+from rollouts.inference import Completion, CompletionChunk, SamplingParams
+from rollouts.serving import reasoning as reasoning_tags
+from rollouts.serving import tool_calls
+from rollouts.serving.chat_messages import forced_functions, template_messages, template_options, template_tools
 from rollouts.serving.errors import RequestError
 from rollouts.serving.generation import Job, generate, stream
 from rollouts.serving.log_probs import chat_log_probs
+from rollouts.serving.message_reader import MessageForm, MessageReader, read_message
 from rollouts.serving.metrics import Metrics
 from rollouts.serving.openai_schema import ChatRequest
 from rollouts.serving.served_model import ServedModel
-from rollouts.serving.text import TextStream, completion_text
-from rollouts.serving.tool_calls import ToolCall, ToolCallSplitter
+from rollouts.serving.structured import format_constraint, tool_grammar
+from rollouts.serving.text import TextStream, completion_text, decode
 from rollouts.serving.usage import finish_reason, usage
 
 
-async def prepare(served: ServedModel, request: ChatRequest) -> Job:
-    """The job that a request asks for. Raises RequestError."""
+@dataclass(frozen=True)
+class Prepared:
+    """A request's job, and what to look for in the answers."""
+
+    job: Job
+    form: MessageForm
+
+
+async def prepare(served: ServedModel, request: ChatRequest) -> Prepared:
+    """What a request asks for. Raises RequestError."""
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs: needs logprobs to be true", "top_logprobs")
-    arguments = request.sampling()
+    arguments, names = request.sampling(), request.constraint_names
     tools = template_tools(request)
+    if tools and (grammar := _grammar(served, request)) is not None:
+        arguments = {name: value for name, value in arguments.items() if name not in names} | {"grammar": grammar}
+        names = {**names, "grammar": "tools"}
     ids = await served.encode_chat(template_messages(request), tools, template_options(request))
     name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
     asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     room = served.engine.max_length - len(ids)
     arguments |= {"max_tokens": room if asked is None else asked, "top_log_probs": request.top_logprobs or 0}
-    params = served.sampling_params(len(ids), {"max_tokens": name, "top_log_probs": "top_logprobs"}, **arguments)
+    names = {**names, "max_tokens": name, "top_log_probs": "top_logprobs"}
+    params = await served.sampling_params(len(ids), names, **arguments)
+    if tools and request.parallel_tool_calls is False and not params.constrained:
+        params = _up_to_one_call(served, params)
     served.check_places(params.n)
-    return Job(ids, params)
+    # No token of a bound text is spent on thinking aloud.
+    reasoning = request.separate_reasoning is not False and not params.constrained
+    opened = decode(served.tokenizer, ids[-4:], skip_special=False).rstrip().endswith(reasoning_tags.OPEN)
+    return Prepared(Job(ids, params), MessageForm(reasoning, opened, bool(tools)))
+
+
+def _grammar(served: ServedModel, request: ChatRequest) -> str | None:
+    """What binds the text when a tool must be called, or when an answer may be either a call or of a given form."""
+    forced = forced_functions(request)
+    parallel = request.parallel_tool_calls is not False and request.tool_choice in (None, "auto", "required")
+    answer = None
+    if not forced:
+        answer = format_constraint(request.response_format).get("json_schema")
+        if answer is None:
+            return None
+        forced = [tool.function for tool in request.tools or []]
+    return tool_grammar(forced, parallel, served.has_tokens(tool_calls.OPEN, tool_calls.CLOSE), answer)
+
+
+def _up_to_one_call(served: ServedModel, params: SamplingParams) -> SamplingParams:
+    """The parameters of an answer that ends with its first call."""
+    if served.has_tokens(tool_calls.CLOSE):
+        end = served.tokenizer.convert_tokens_to_ids(tool_calls.CLOSE)
+        return replace(params, stop_token_ids=(*params.stop_token_ids, end))
+    return replace(params, stop=(*params.stop, tool_calls.CLOSE))
 
 
 def _head(served: ServedModel, kind: str) -> dict[str, Any]:
     return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": served.name}
 
 
-async def answer(served: ServedModel, metrics: Metrics, request: ChatRequest, job: Job) -> dict[str, Any]:
+async def answer(served: ServedModel, metrics: Metrics, request: ChatRequest, prepared: Prepared) -> dict[str, Any]:
     """The whole response."""
+    job = prepared.job
     groups = await generate(served, metrics, [job])
     response = {
         **_head(served, "chat.completion"),
-        "choices": [_choice(served, request, completion) for completion in groups[0]],
+        "choices": [_choice(served, request, prepared.form, completion) for completion in groups[0]],
         "usage": usage([job], groups),
     }
     if request.return_token_ids:
@@ -53,21 +96,19 @@ async def answer(served: ServedModel, metrics: Metrics, request: ChatRequest, jo
     return response
 
 
-def _choice(served: ServedModel, request: ChatRequest, completion: Completion) -> dict[str, Any]:
+def _choice(served: ServedModel, request: ChatRequest, form: MessageForm, completion: Completion) -> dict[str, Any]:
     text = completion_text(served.tokenizer, completion, skip_special=request.skip_special_tokens is not False)
-    calls: list[ToolCall] = []
-    if template_tools(request):
-        splitter = ToolCallSplitter()
-        text, calls = splitter.push(text)
-        rest, last = splitter.finish()
-        text, calls = text + rest, calls + last
-    message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
-    if calls:
-        message["tool_calls"] = [call.to_openai() for call in calls]
+    part = read_message(form, text)
+    content = part.content if part.content or not part.calls else None
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if part.reasoning:
+        message["reasoning_content"] = part.reasoning
+    if part.calls:
+        message["tool_calls"] = [call.to_openai() for call in part.calls]
     choice: dict[str, Any] = {
         "index": completion.sample_index,
         "message": message,
-        "finish_reason": _finish_reason(completion, bool(calls)),
+        "finish_reason": _finish_reason(completion, bool(part.calls)),
         "stop_reason": completion.stop_match,
         "logprobs": chat_log_probs(served.token_names, completion) if request.logprobs else None,
     }
@@ -84,42 +125,37 @@ def _finish_reason(completion: Completion, called: bool) -> str:
 class _Choice:
     """One sample of a streamed answer: what its text has turned out to be so far."""
 
-    def __init__(self, served: ServedModel, request: ChatRequest, job: Job) -> None:
+    def __init__(self, served: ServedModel, request: ChatRequest, prepared: Prepared) -> None:
         self._text = TextStream(
-            served.tokenizer, job.params.stop, skip_special=request.skip_special_tokens is not False
+            served.tokenizer, prepared.job.params.stop, skip_special=request.skip_special_tokens is not False
         )
-        self._splitter = ToolCallSplitter() if template_tools(request) else None
-        self._num_calls = 0
+        self._reader = MessageReader(prepared.form)
+        self.num_calls = 0
 
     def push(self, chunk: CompletionChunk) -> dict[str, Any]:
         """The delta that a chunk makes."""
         completion = chunk.completion
         text = self._text.push(chunk.token_ids) if completion is None else self._text.finish(completion)
-        calls: list[ToolCall] = []
-        if self._splitter is not None:
-            text, calls = self._splitter.push(text)
-            if completion is not None:
-                rest, last = self._splitter.finish()
-                text, calls = text + rest, calls + last
-        delta: dict[str, Any] = {"content": text} if text else {}
-        if calls:
-            first = self._num_calls
-            delta["tool_calls"] = [{"index": first + i, **call.to_openai()} for i, call in enumerate(calls)]
-            self._num_calls += len(calls)
+        part = self._reader.push(text, last=completion is not None)
+        delta: dict[str, Any] = {"content": part.content} if part.content else {}
+        if part.reasoning:
+            delta["reasoning_content"] = part.reasoning
+        if part.calls:
+            delta["tool_calls"] = [
+                {"index": self.num_calls + i, **call.to_openai()} for i, call in enumerate(part.calls)
+            ]
+            self.num_calls += len(part.calls)
         return delta
-
-    @property
-    def called(self) -> bool:
-        return self._num_calls > 0
 
 
 async def events(
-    served: ServedModel, metrics: Metrics, request: ChatRequest, job: Job
+    served: ServedModel, metrics: Metrics, request: ChatRequest, prepared: Prepared
 ) -> AsyncIterator[dict[str, Any]]:
     """The response in pieces: for each choice its role, then what it says, then why it ended."""
+    job = prepared.job
     head = _head(served, "chat.completion.chunk")
     tail: dict[str, Any] = {"usage": None} if request.include_usage else {}
-    choices = [_Choice(served, request, job) for _ in range(job.params.n)]
+    choices = [_Choice(served, request, prepared) for _ in range(job.params.n)]
     finals: list[Completion] = []
     for i in range(job.params.n):
         opening = {"index": i, "delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}
@@ -127,23 +163,18 @@ async def events(
         yield {**head, "choices": [opening], **ids, **tail}
     async for chunk in stream(served, metrics, job):
         completion = chunk.completion
-        source: Completion | CompletionChunk = chunk
-        if job.params.top_log_probs:  # the engine tells them when the sample is done
-            if completion is None:
-                continue
-            source = completion
         delta = choices[chunk.sample_index].push(chunk)
         choice: dict[str, Any] = {
             "index": chunk.sample_index,
             "delta": delta,
             "finish_reason": None,
-            "logprobs": chat_log_probs(served.token_names, source) if request.logprobs and source.token_ids else None,
+            "logprobs": chat_log_probs(served.token_names, chunk) if request.logprobs and chunk.token_ids else None,
         }
         if request.return_token_ids:
-            choice["token_ids"] = source.token_ids
+            choice["token_ids"] = chunk.token_ids
         if completion is not None:
             finals.append(completion)
-            choice["finish_reason"] = _finish_reason(completion, choices[chunk.sample_index].called)
+            choice["finish_reason"] = _finish_reason(completion, choices[chunk.sample_index].num_calls > 0)
             choice["stop_reason"] = completion.stop_match
         if delta or completion is not None or request.logprobs or request.return_token_ids:
             yield {**head, "choices": [choice], **tail}

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from rollouts.serving.errors import RequestError
 from rollouts.serving.requests import StrictModel
+from rollouts.serving.structured import format_constraint, structured_constraint
 
 Tokens = list[int]
 
@@ -17,9 +18,26 @@ class StreamOptions(StrictModel):
     continuous_usage_stats: Literal[False] = False
 
 
+class JsonSchemaFormat(StrictModel):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = None  # always: the text is bound while it is sampled
+
+
 class ResponseFormat(StrictModel):
-    type: str
-    json_schema: dict[str, Any] | None = None
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(StrictModel):
+    """vLLM's ``structured_outputs``; exactly one is set."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = Field(None, min_length=1, max_length=1024)
+    grammar: str | None = None
 
 
 class SamplingRequest(StrictModel):
@@ -37,6 +55,7 @@ class SamplingRequest(StrictModel):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = Field(None, max_length=1024)
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     # vLLM's and SGLang's
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
@@ -59,12 +78,9 @@ class SamplingRequest(StrictModel):
         Raises:
             RequestError: a field cannot be honored.
         """
-        if self.response_format is not None and self.response_format.type != "text":
-            raise RequestError(
-                f"response_format {self.response_format.type[:40]!r} is not supported by the embedded engine; "
-                "ask for JSON in the prompt",
-                "response_format",
-            )
+        bound = format_constraint(self.response_format), structured_constraint(self.structured_outputs)
+        if all(bound):
+            raise RequestError("structured_outputs: response_format binds the text already", "structured_outputs")
         given = {
             "n": self.n,
             "seed": self.seed,
@@ -79,8 +95,16 @@ class SamplingRequest(StrictModel):
             "logit_bias": token_biases(self.logit_bias),
             "stop_token_ids": self.stop_token_ids,
             "ignore_eos": self.ignore_eos,
+            **bound[0],
+            **bound[1],
         }
         return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def constraint_names(self) -> dict[str, str]:
+        """Which field of the request each constraint of ``SamplingParams`` comes from."""
+        field = "response_format" if self.structured_outputs is None else "structured_outputs"
+        return dict.fromkeys(("json_schema", "regex", "grammar"), field)
 
     @property
     def include_usage(self) -> bool:
@@ -91,9 +115,10 @@ class CompletionRequest(SamplingRequest):
     """``POST /v1/completions``; a prompt may be token ids."""
 
     prompt: str | list[str] | Tokens | list[Tokens]
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0)
-    echo: Literal[False] | None = None
+    echo: bool | None = None
+    prompt_logprobs: int | None = Field(None, ge=0)  # vLLM's
     add_special_tokens: bool | None = None
 
 
@@ -141,6 +166,15 @@ class Tool(StrictModel):
     function: Function
 
 
+class NamedFunction(StrictModel):
+    name: str
+
+
+class NamedToolChoice(StrictModel):
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class ChatRequest(SamplingRequest):
     """``POST /v1/chat/completions``."""
 
@@ -150,8 +184,9 @@ class ChatRequest(SamplingRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0)
     tools: Annotated[list[Tool], Field(max_length=256)] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: Literal[True] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    separate_reasoning: bool | None = None  # SGLang's: false leaves <think> blocks in the content
     chat_template_kwargs: dict[str, bool | str | int] | None = None
 
 

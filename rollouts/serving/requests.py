@@ -30,13 +30,13 @@ async def read_request(request: Request, model: type[M], settings: Settings) -> 
     Raises:
         RequestError: too large (413), too slow (408), not ``application/json`` (415), or not a valid request (400).
     """
-    body = bytearray()
+    body, limit = bytearray(), settings.max_bytes(request.url.path)
     try:
         with anyio.fail_after(settings.body_timeout):
             async for piece in request.stream():
                 body += piece
-                if len(body) > settings.max_body_bytes:
-                    raise body_too_large(settings)
+                if len(body) > limit:
+                    raise body_too_large(limit)
     except TimeoutError as error:
         raise RequestError("the body did not arrive in time", status=408) from error
     except ClientDisconnect as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,30 @@ import anyio.to_thread
 
 from rollouts.errors import UserError
 from rollouts.inference import EmbeddedEngine, SamplingParams
-from rollouts.serving.aborts import AbortHandle
+from rollouts.inference.protocol import UpdateMode
 from rollouts.serving.errors import RequestError
 from rollouts.serving.settings import Settings
 from rollouts.serving.text import TokenNames
+from rollouts.serving.weight_updates import WeightUpdates
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def find_model(models: Mapping[str, ServedModel], name: str | None) -> ServedModel:
+    """The model that a request is about; the first if it names none. Raises RequestError (404)."""
+    if name is None:
+        return next(iter(models.values()))
+    if name not in models:
+        raise RequestError(
+            f"the model {name[:100]!r} is not served here; GET /v1/models lists those that are",
+            "model",
+            status=404,
+            code="model_not_found",
+        )
+    return models[name]
 
 
 class ServedModel:
@@ -47,10 +64,10 @@ class ServedModel:
         self.engine = EmbeddedEngine(
             model, tokenizer, max_rows=max_rows, max_length=max_length, cache_bytes=cache_bytes, seed=seed
         )
-        self.dtype = next(model.parameters()).dtype
+        self.updates = WeightUpdates(self, settings.group_timeout)
         self.token_names = TokenNames(tokenizer)
         self.created = int(time.time())
-        self.aborts: dict[str, AbortHandle] = {}
+        self.request_ids: set[str] = set()  # of the requests that clients have named and that run or wait
         self.num_active = 0
         self._max_active = max_rows + settings.max_queue
         self._pause = ExitStack()
@@ -81,6 +98,20 @@ class ServedModel:
             yield
         finally:
             self.num_active -= count
+
+    @contextmanager
+    def named(self, request_id: str | None) -> Iterator[None]:
+        """A name for a request as long as the context lasts. Raises RequestError: another one has it."""
+        if request_id is None:
+            yield
+            return
+        if request_id in self.request_ids:
+            raise RequestError("rid: a request with this id is running already", "rid")
+        self.request_ids.add(request_id)
+        try:
+            yield
+        finally:
+            self.request_ids.discard(request_id)
 
     async def encode(self, text: str, param: str) -> list[int]:
         """Token ids of plain text."""
@@ -127,18 +158,25 @@ class ServedModel:
             raise RequestError(f"{param} has token ids outside the vocabulary of {self.engine.vocab_size}", param)
         return list(ids)
 
-    def sampling_params(self, num_prompt: int, names: dict[str, str], **arguments: Any) -> SamplingParams:
+    def has_tokens(self, *texts: str) -> bool:
+        """Whether each text is one token of the vocabulary that the tokenizer keeps whole."""
+        return all(text in self.tokenizer.get_added_vocab() for text in texts)
+
+    async def sampling_params(self, num_prompt: int, names: dict[str, str], **arguments: Any) -> SamplingParams:
         """The parameters, if this server allows them; ``names`` are the request's own names where they differ.
 
         Raises:
-            RequestError: one is out of range; the message names the request's field.
+            RequestError: one is out of range, or a schema or grammar is of no use; the message names the request's
+                field.
         """
         try:
             params = SamplingParams(**arguments)
+            await self.engine.compile_grammar(params)
         except UserError as error:
             field = next((name for name in arguments if f"parameter {name} " in str(error)), None)
             name = names.get(field or "", field)
-            raise RequestError(f"{name}: out of range" if name else str(error), name) from error
+            reason = str(error).partition("cannot be used: ")[2] or "out of range"
+            raise RequestError(f"{name}: {reason}" if name else str(error), name) from error
         limits, engine = self.settings, self.engine
         room = engine.max_length - num_prompt
         checks = {
@@ -178,31 +216,24 @@ class ServedModel:
             self._pause.close()
             self.paused = False
 
-    async def abort_all(self) -> None:
-        """End the samples that run, and those that wait under an id of their own, with what they have."""
-        for handle in list(self.aborts.values()):
-            handle.abort()
-        await self.engine.update_weights(None, self.engine.weight_version, "abort")
+    async def retract(self) -> None:
+        """Send the samples that run back to the line: their keys and values are computed anew when they go on."""
+        await self.engine.update_weights(None, self.engine.weight_version, "retract")
 
-    async def flush_cache(self) -> None:
-        """Forget the keys and values of finished text; samples that run go on."""
-        await self.engine.update_weights(None, self.engine.weight_version, "continue")
+    def change_weights(
+        self,
+        weights: Mapping[str, torch.Tensor] | nn.Module | None,
+        version: int | None,
+        mode: UpdateMode | None = None,
+    ) -> int:
+        """Serve other weights; gives their version. Blocks.
 
-    def load_weights(self, folder: str, version: int | None, abort: bool) -> int:
-        """Serve the weights in ``folder``; gives their version. Blocks.
-
-        Samples in flight finish first on the old weights; those of a paused engine, which cannot, go on with the new.
+        Unless ``mode`` says otherwise samples in flight finish first on the old weights; those of a paused engine,
+        which cannot, go on with the new.
 
         Raises:
-            UserError: no such folder, or weights that do not fit; the old ones are served then.
+            UserError: the weights do not fit; the old ones are served then.
         """
-        from pathlib import Path
-
-        from rollouts.models.load import load_weights
-
-        if not Path(folder).is_dir():
-            raise UserError(f"model_path {folder} is not a folder on the server's machine")
-        new = load_weights(Path(folder), self.dtype)
         with self._changes:
-            mode = "abort" if abort else "continue" if self.paused else "drain"
-            return self.engine.update_weights(new, version, mode).wait()  # type: ignore[arg-type]
+            mode = mode or ("continue" if self.paused else "drain")
+            return self.engine.update_weights(weights, version, mode).wait()

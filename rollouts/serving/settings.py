@@ -17,6 +17,7 @@ class Settings:
         api_key: the bearer token that every request but ``/health`` must carry; needed unless ``host`` is loopback.
         allowed_hosts: names, besides localhost, under which browsers and clients may reach the server.
         max_body_bytes: of a request.
+        max_weights_bytes: of a request that brings weights with it.
         max_queue: samples that may wait for a place in the engine; the next request gets 429.
         max_n: samples of one prompt.
         max_prompts: prompts of one request.
@@ -26,6 +27,7 @@ class Settings:
         body_timeout: seconds for a whole request body to arrive.
         send_timeout: seconds for a client to take a piece of its response.
         header_timeout: seconds for a request's head to arrive once its connection stands.
+        group_timeout: seconds for a trainer to come to a process group, and for each of its broadcasts.
 
     Raises:
         UserError: a server that others can reach has no key.
@@ -35,6 +37,7 @@ class Settings:
     api_key: str | None = None
     allowed_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 1 << 20
+    max_weights_bytes: int = 1 << 26
     max_queue: int = 1024
     max_n: int = 128
     max_prompts: int = 1024
@@ -44,6 +47,7 @@ class Settings:
     body_timeout: float = 30
     send_timeout: float = 60
     header_timeout: float = 10
+    group_timeout: float = 120
 
     def __post_init__(self) -> None:
         if not is_loopback(self.host) and not self.api_key:
@@ -51,6 +55,10 @@ class Settings:
                 f"a server on {self.host} can be reached from outside; give it --api-key (or ROLLOUTS_API_KEY), "
                 "or bind 127.0.0.1"
             )
+
+    def max_bytes(self, path: str) -> int:
+        """The longest body of a request to ``path``."""
+        return self.max_weights_bytes if path == "/update_weights_from_tensor" else self.max_body_bytes
 
 
 def is_loopback(host: str) -> bool:

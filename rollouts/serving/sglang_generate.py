@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from rollouts.inference import Completion, SamplingParams, StopReason
+from rollouts.inference import Completion, StopReason
 from rollouts.serving.errors import RequestError
 from rollouts.serving.generation import Job, generate, stream
 from rollouts.serving.log_probs import LOWEST, scaled_top_log_probs
@@ -23,6 +23,8 @@ NAMES = {
     "stop": "sampling_params.stop",
     "stop_token_ids": "sampling_params.stop_token_ids",
     "logit_bias": "sampling_params.logit_bias",
+    "json_schema": "sampling_params.json_schema",
+    "regex": "sampling_params.regex",
     "top_log_probs": "top_logprobs_num",
 }
 
@@ -56,12 +58,12 @@ async def prepare(served: ServedModel, request: GenerateRequest) -> Prepared:
         ids = await served.encode(prompt, where) if isinstance(prompt, str) else served.check_prompt(prompt, where)
         arguments = sampling[i].sampling()
         arguments.setdefault("max_tokens", min(128, served.engine.max_length - len(ids)))
-        arguments["top_log_probs"] = request.top_logprobs_num or 0
-        params = served.sampling_params(len(ids), NAMES, **arguments)
+        arguments |= {"top_log_probs": request.top_logprobs_num or 0, "prompt_log_probs": request.scores_prompt}
+        params = await served.sampling_params(len(ids), NAMES, **arguments)
         jobs.append(Job(ids, params, names[i] if rids or request.stream else None))
     if request.stream and len(jobs) > 1:
         raise RequestError("stream: only one prompt can be streamed at a time", "stream")
-    if rids and any(rid in served.aborts for rid in rids):
+    if rids and any(rid in served.request_ids for rid in rids):
         raise RequestError("rid: a request with this id is running already", "rid")
     served.check_places(sum(job.params.n for job in jobs))
     return Prepared(jobs, sampling, names, batched or jobs[0].params.n > 1)
@@ -114,25 +116,32 @@ def _result(
         "e2e_latency": seconds,
     }
     if request.return_logprob:
-        meta |= _log_probs(served, request, prepared.jobs[i].params, completion)
+        meta |= _log_probs(served, request, prepared.jobs[i], completion)
     return {"text": text, "output_ids": completion.token_ids, "meta_info": meta}
 
 
-def _log_probs(
-    served: ServedModel, request: GenerateRequest, params: SamplingParams, completion: Completion
-) -> dict[str, Any]:
-    def entry(log_prob: float, token_id: int) -> list[Any]:
+def _log_probs(served: ServedModel, request: GenerateRequest, job: Job, completion: Completion) -> dict[str, Any]:
+    """At the sampling temperature; those of the prompt at 1, as SGLang's."""
+    params, prompt_ids = job.params, job.prompt_ids
+
+    def entry(log_prob: float | None, token_id: int) -> list[Any]:
         text = served.token_names.text(token_id) if request.return_text_in_logprobs else None
-        return [max(log_prob, LOWEST), token_id, text]
+        return [None if log_prob is None else max(log_prob, LOWEST), token_id, text]
 
     pairs = zip(completion.log_probs, completion.token_ids, strict=True)
     fields: dict[str, Any] = {
         "input_token_logprobs": [],
         "output_token_logprobs": [entry(log_prob, token) for log_prob, token in pairs],
     }
+    start = request.logprob_start_len or 0
+    if completion.prompt_log_probs is not None:
+        scored = zip(completion.prompt_log_probs, prompt_ids, strict=True)
+        fields["input_token_logprobs"] = [entry(*pair) for pair in scored][start:]
     if request.top_logprobs_num:
         tops = scaled_top_log_probs(completion, params.temperature)
         fields["output_top_logprobs"] = [[entry(*pair) for pair in top] for top in tops]
+        prompt_tops = [[entry(p, token) for token, p in top] for top in completion.prompt_top_log_probs or []]
+        fields["input_top_logprobs"] = [top or None for top in prompt_tops[start:]]
     return fields
 
 
@@ -174,7 +183,7 @@ async def events(
                 "finish_reason": None,
                 "prompt_tokens": len(job.prompt_ids),
                 "completion_tokens": len(ids[i]),
-                "weight_version": str(served.engine.weight_version),
+                "weight_version": str(chunk.weight_version),
             }
             if request.return_logprob:
                 log_probs[i] += [

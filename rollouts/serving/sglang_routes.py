@@ -1,4 +1,4 @@
-"""SGLang's endpoints for RL: generation, weights from disk, pausing, aborting, and what is served."""
+"""SGLang's endpoints for RL: generation, health, pausing, aborting, and what is served."""
 
 from __future__ import annotations
 
@@ -12,22 +12,16 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from rollouts.errors import UserError
+import rollouts
 from rollouts.inference import SamplingParams
 from rollouts.serving import sglang_generate
 from rollouts.serving.errors import RequestError
 from rollouts.serving.metrics import Metrics
 from rollouts.serving.requests import read_request
-from rollouts.serving.served_model import ServedModel
+from rollouts.serving.served_model import ServedModel, find_model
 from rollouts.serving.settings import Settings
-from rollouts.serving.sglang_schema import (
-    AbortRequest,
-    GenerateRequest,
-    ModelRequest,
-    PauseRequest,
-    UpdateWeightsRequest,
-    WeightsCheckRequest,
-)
+from rollouts.serving.sglang_schema import AbortRequest, ContinueRequest, GenerateRequest, ModelRequest, PauseRequest
+from rollouts.serving.sglang_weights import add_weight_routes, done
 from rollouts.serving.sse import event_stream, unless_disconnected
 
 HEALTH_TIMEOUT = 20  # seconds for one token
@@ -35,11 +29,12 @@ HEALTH_TIMEOUT = 20  # seconds for one token
 
 def add_sglang_routes(app: FastAPI, models: Mapping[str, ServedModel], settings: Settings, metrics: Metrics) -> None:
     """Add the endpoints to ``app``. What changes anything is POST only: pages of other sites can send any GET."""
+    add_weight_routes(app, models, settings)
 
     @app.post("/generate")
     async def generate(request: Request) -> Response:
         body = await read_request(request, GenerateRequest, settings)
-        served = _find(models, body.model)
+        served = find_model(models, body.model)
         prepared = await sglang_generate.prepare(served, body)
         if body.stream:
             return event_stream(sglang_generate.events(served, metrics, body, prepared))
@@ -48,11 +43,14 @@ def add_sglang_routes(app: FastAPI, models: Mapping[str, ServedModel], settings:
 
     @app.get("/health")
     async def health() -> Response:
+        for served in models.values():
+            _check_alive(served)
         return Response()
 
     @app.get("/health_generate")
     async def health_generate() -> Response:
         for served in models.values():
+            _check_alive(served)
             if served.paused:
                 raise RequestError(f"{served.name} is paused", status=503, code="paused")
             with anyio.move_on_after(HEALTH_TIMEOUT) as scope:
@@ -64,7 +62,7 @@ def add_sglang_routes(app: FastAPI, models: Mapping[str, ServedModel], settings:
     @app.get("/model_info")
     @app.get("/get_model_info")
     async def model_info(model: str | None = None) -> dict[str, Any]:
-        served = _find(models, model)
+        served = find_model(models, model)
         return {
             "model_path": served.path,
             "tokenizer_path": served.path,
@@ -75,65 +73,64 @@ def add_sglang_routes(app: FastAPI, models: Mapping[str, ServedModel], settings:
             "vocab_size": served.engine.vocab_size,
         }
 
-    @app.post("/update_weights_from_disk")
-    async def update_weights(request: Request) -> Response:
-        body = await read_request(request, UpdateWeightsRequest, settings)
-        served = _find(models, body.model)
-        load = partial(served.load_weights, body.model_path, body.version(), bool(body.abort_all_requests))
-        try:
-            version = await anyio.to_thread.run_sync(load)
-        except UserError as error:
-            return JSONResponse({"success": False, "message": str(error)}, 400)
-        return _done(served, f"weights of version {version} are served")
-
-    @app.post("/weights_checker")
-    async def check_weights(request: Request) -> Response:
-        body = await read_request(request, WeightsCheckRequest, settings)
-        served = _find(models, body.model)
-        checksum = await anyio.to_thread.run_sync(served.engine.weights_checksum)
-        return _done(served, "SHA-256 over names, dtypes, shapes and bytes of the parameters", checksum=checksum)
+    @app.get("/server_info")
+    @app.get("/get_server_info")
+    async def server_info() -> dict[str, Any]:
+        return {"version": rollouts.__version__, "models": [_state(served) for served in models.values()]}
 
     @app.post("/pause_generation")
     async def pause(request: Request) -> Response:
         body = await read_request(request, PauseRequest, settings)
-        served = _find(models, body.model)
+        served = find_model(models, body.model)
         if body.mode == "abort":
-            await served.abort_all()
+            await served.engine.abort_all()
         await anyio.to_thread.run_sync(served.pause)
-        return _done(served, "paused")
+        if body.mode == "retract":
+            await served.retract()
+        return done(served, "paused", status="ok")
 
     @app.post("/continue_generation")
     async def resume(request: Request) -> Response:
-        served = _find(models, (await read_request(request, ModelRequest, settings)).model)
+        served = find_model(models, (await read_request(request, ContinueRequest, settings)).model)
         await anyio.to_thread.run_sync(served.resume)
-        return _done(served, "running")
+        return done(served, "running", status="ok")
 
     @app.post("/flush_cache")
     async def flush_cache(request: Request) -> Response:
-        served = _find(models, (await read_request(request, ModelRequest, settings)).model)
-        await served.flush_cache()
-        return _done(served, "the prefix cache is empty")
+        served = find_model(models, (await read_request(request, ModelRequest, settings)).model)
+        await served.engine.flush_cache()
+        return done(served, "the prefix cache is empty")
 
     @app.post("/abort_request")
     async def abort(request: Request) -> Response:
         body = await read_request(request, AbortRequest, settings)
-        served = _find(models, body.model)
+        served = find_model(models, body.model)
         if body.abort_all:
-            await served.abort_all()
+            await served.engine.abort_all()
         elif body.rid is None:
             raise RequestError("rid: say which request, or send abort_all", "rid")
-        elif body.rid in served.aborts:  # else it has ended already
-            served.aborts[body.rid].abort()
-        return _done(served, "aborted")
+        else:
+            await served.engine.abort(body.rid)
+        return done(served, "aborted")
 
 
-def _done(served: ServedModel, message: str, **more: Any) -> JSONResponse:
-    return JSONResponse(
-        {"success": True, "message": message, "weight_version": str(served.engine.weight_version), **more}
-    )
+def _check_alive(served: ServedModel) -> None:
+    """Raises RequestError (503): the engine's thread has ended, and nothing will come of any request."""
+    if not served.engine.alive:
+        raise RequestError(f"the engine of {served.name} has failed; restart the server", status=503, code="dead")
 
 
-def _find(models: Mapping[str, ServedModel], name: str | None) -> ServedModel:
-    if name is not None and name not in models:
-        raise RequestError(f"the model {name[:100]!r} is not served here", "model", status=404, code="model_not_found")
-    return next(iter(models.values())) if name is None else models[name]
+def _state(served: ServedModel) -> dict[str, Any]:
+    engine = served.engine
+    return {
+        "served_model_name": served.name,
+        "model_path": served.path,
+        "weight_version": str(engine.weight_version),
+        "max_model_len": engine.max_length,
+        "vocab_size": engine.vocab_size,
+        "paused": served.paused,
+        "num_running_reqs": engine.num_running,
+        "num_waiting_reqs": engine.num_waiting,
+        "num_cache_pages": engine.num_pages,
+        "num_free_cache_pages": engine.num_free_pages,
+    }

@@ -189,6 +189,7 @@ def test_a_sampled_tool_call_is_told_apart(calling_server: Any, stream: bool) ->
     assert reason == "tool_calls"
 
 
+BAD_SCHEMA = {"properties": {"a": {"type": "no such type"}}}
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "n"),
     ({"n": 1000}, "n"),
@@ -206,9 +207,25 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"a": 1}}, "logit_bias"),
     ({"logprobs": True, "top_logprobs": 50}, "top_logprobs"),
     ({"top_logprobs": 5}, "top_logprobs"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
-    ({"tool_choice": "required", "tools": TOOLS}, "tool_choice"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}}, "response_format"),
+    ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": "always", "tools": TOOLS}, "tool_choice"),
+    (
+        {"tool_choice": {"type": "function", "function": {"name": "sub"}}, "tools": TOOLS},
+        "tool_choice.function.name",
+    ),
+    (
+        {
+            "tool_choice": "required",
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": BAD_SCHEMA}}],
+        },
+        "tools",
+    ),
     ({"tools": [{"type": "function", "function": {"name": 5}}]}, "tools.0.function.name"),
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),

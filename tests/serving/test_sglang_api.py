@@ -151,9 +151,10 @@ def test_flush_cache_forgets_prompts(server: Any) -> None:
         ({"input_ids": [[1], [600]]}, "input_ids.1"),
         ({"text": "a", "sampling_params": {"max_new_tokens": 5000}}, "sampling_params.max_new_tokens"),
         ({"text": "a", "sampling_params": {"n": 500}}, "sampling_params.n"),
-        ({"text": "a", "sampling_params": {"regex": "a"}}, "sampling_params.regex"),
+        ({"text": "a", "sampling_params": {"regex": "("}}, "sampling_params.regex"),
+        ({"text": "a", "sampling_params": {"ebnf": "a"}}, "sampling_params.ebnf"),
         ({"text": ["a", "b"], "sampling_params": [{}]}, "sampling_params"),
-        ({"text": "a", "logprob_start_len": 0}, "logprob_start_len"),
+        ({"text": "a", "logprob_start_len": -2}, "logprob_start_len"),
         ({"text": "a", "model": "other"}, "model"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A server with the real page and guard whose models say what a test wrote: hostile text, and models with hostile names."""
+"""A server with the real page and guard whose models say what a test wrote, and have the names that it gives them."""
 
 from __future__ import annotations
 

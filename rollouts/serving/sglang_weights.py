@@ -1,0 +1,126 @@
+"""SGLang's endpoints for new weights: from disk, from tensors in the request, from a trainer's process group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import anyio.to_thread
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from rollouts.errors import UserError
+from rollouts.serving.errors import RequestError
+from rollouts.serving.requests import read_request
+from rollouts.serving.served_model import ServedModel, find_model
+from rollouts.serving.settings import Settings, is_loopback
+from rollouts.serving.sglang_schema import (
+    BeginUpdateRequest,
+    GroupRequest,
+    GroupWeightsRequest,
+    LeaveGroupRequest,
+    ModelRequest,
+    TensorWeightsRequest,
+    UpdateWeightsRequest,
+    WeightsCheckRequest,
+    WeightVersionRequest,
+    whole_version,
+)
+
+
+def add_weight_routes(app: FastAPI, models: Mapping[str, ServedModel], settings: Settings) -> None:
+    """Add the endpoints to ``app``."""
+
+    @app.post("/update_weights_from_disk")
+    async def update_from_disk(request: Request) -> Response:
+        body = await read_request(request, UpdateWeightsRequest, settings)
+        served = find_model(models, body.model)
+        return await _change(
+            served, partial(served.updates.from_folder, body.model_path, body.version(), bool(body.abort_all_requests))
+        )
+
+    @app.post("/update_weights_from_tensor")
+    async def update_from_tensor(request: Request) -> Response:
+        body = await read_request(request, TensorWeightsRequest, settings)
+        served = find_model(models, body.model)
+        texts = body.serialized_named_tensors
+        return await _change(
+            served, partial(served.updates.from_texts, texts, body.version(), bool(body.abort_all_requests))
+        )
+
+    @app.post("/init_weights_update_group")
+    async def join_group(request: Request) -> Response:
+        body = await read_request(request, GroupRequest, settings)
+        served = find_model(models, body.model)
+        if is_loopback(settings.host) and not is_loopback(body.master_address):
+            field = "master_address"
+            raise RequestError(f"{field}: a server on loopback joins groups on its own machine only", field)
+        if body.rank_offset >= body.world_size:
+            raise RequestError("rank_offset: ranks are below world_size", "rank_offset")
+        join = partial(
+            served.updates.groups.join, body.group_name, body.master_address, body.master_port, body.rank_offset,
+            body.world_size,
+        )  # fmt: skip
+        return await _change(served, join, f"joined the group {body.group_name!r}")
+
+    @app.post("/destroy_weights_update_group")
+    async def leave_group(request: Request) -> Response:
+        body = await read_request(request, LeaveGroupRequest, settings)
+        served = find_model(models, body.model)
+        return await _change(served, partial(served.updates.groups.leave, body.group_name), "left the group")
+
+    @app.post("/update_weights_from_distributed")
+    async def update_from_group(request: Request) -> Response:
+        body = await read_request(request, GroupWeightsRequest, settings)
+        served = find_model(models, body.model)
+        receive = partial(
+            served.updates.from_group, body.group_name, body.names, body.dtypes, body.shapes,
+            body.load_format is not None, body.version(), bool(body.abort_all_requests),
+        )  # fmt: skip
+        return await _change(served, receive)
+
+    @app.post("/begin_weight_update")
+    async def begin(request: Request) -> Response:
+        served = find_model(models, (await read_request(request, BeginUpdateRequest, settings)).model)
+        return await _change(served, served.updates.begin, "weights are gathered until /end_weight_update")
+
+    @app.post("/end_weight_update")
+    async def end(request: Request) -> Response:
+        served = find_model(models, (await read_request(request, ModelRequest, settings)).model)
+        return await _change(served, served.updates.end)
+
+    @app.post("/update_weight_version")
+    async def rename(request: Request) -> Response:
+        body = await read_request(request, WeightVersionRequest, settings)
+        served = find_model(models, body.model)
+        version = whole_version(body.new_version, "new_version")
+        return await _change(
+            served, partial(served.updates.rename, version, body.abort_all_requests), new_version=str(version)
+        )
+
+    @app.post("/weights_checker")
+    async def check_weights(request: Request) -> Response:
+        served = find_model(models, (await read_request(request, WeightsCheckRequest, settings)).model)
+        checksum = await anyio.to_thread.run_sync(served.engine.weights_checksum)
+        message = "SHA-256 over names, dtypes, shapes and bytes of the parameters"
+        return done(served, message, checksum=checksum, per_engine_checksum=checksum)
+
+
+async def _change(served: ServedModel, change: Callable[[], object], message: str = "", **more: Any) -> Response:
+    """Do it in a thread; what cannot be done is told as SGLang tells it, with ``success`` false."""
+    try:
+        # A thread that waits for a trainer must not keep the server from stopping.
+        version = await anyio.to_thread.run_sync(change, abandon_on_cancel=True)
+    except UserError as error:
+        return JSONResponse({"success": False, "message": str(error)}, 400)
+    if not message:
+        message = f"weights of version {version} are served" if version is not None else "the weights are noted"
+    return done(served, message, **more)
+
+
+def done(served: ServedModel, message: str, **more: Any) -> JSONResponse:
+    return JSONResponse(
+        {"success": True, "message": message, "weight_version": str(served.engine.weight_version), **more}
+    )
