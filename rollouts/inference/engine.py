@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from rollouts.errors import UserError
+from rollouts.inference.adapters import base_of
 from rollouts.inference.completion import Completion, CompletionChunk
 from rollouts.inference.engine_thread import EngineThread, WeightUpdate
 from rollouts.inference.grammars import Grammars
@@ -56,7 +57,8 @@ class EmbeddedEngine:
     products, which may depend on the number of rows. Use it as a context manager, or ``close`` it.
 
     Args:
-        model: a transformers causal language model, or a peft model around one; on the CPU or a GPU.
+        model: a transformers causal language model, or a peft model around one; on the CPU or a GPU. Layers with
+            adapters (LoRA) are served by merged copies of their own, made anew by each ``update_weights``.
         tokenizer: needed for stop strings and structured output only.
         max_rows: sequences that run at once.
         max_length: longest prompt and sample together; None = the model's own limit, at most 4,096.
@@ -84,7 +86,7 @@ class EmbeddedEngine:
         native: bool = True,
     ) -> None:
         self.model = model
-        causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+        causal_lm = base_of(model)
         shape = ModelShape.of(causal_lm)
         self.max_length = min(shape.max_positions, max_length or 4096)
         self.vocab_size = shape.vocab_size
@@ -238,7 +240,8 @@ class EmbeddedEngine:
 
         Args:
             weights: parameters by name, or a model, to copy from; None, or the engine's own model, if a trainer has
-                changed them where they lie (inside ``paused()``, unless nothing was running).
+                changed them where they lie (inside ``paused()``, unless nothing was running). For a peft model the
+                adapter's alone will do, named as peft saves them.
             version: None = one more than now.
             mode: what becomes of samples in flight. ``drain``: they finish first, on the old weights, and nothing new
                 starts. ``continue``: they go on, on the keys and values that they have; their spans tell the versions.

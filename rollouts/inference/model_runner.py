@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rollouts.errors import UserError
+from rollouts.inference.adapters import merged_layers
 from rollouts.inference.attention import Step, paged_attention
 from rollouts.inference.kv_cache import PAGE_SIZE, KVCache
 from rollouts.inference.native import native_library
@@ -83,7 +84,8 @@ def make_forward(model: Any, max_length: int, native: bool = True) -> Forward:
 
 
 class StructuredForward:
-    """Llama, Mistral, Qwen2 and Qwen3. Linear layers that are not plain (LoRA) are called as modules."""
+    """Llama, Mistral, Qwen2 and Qwen3. Adapted layers (LoRA) are merged at each refresh; linear layers of other kinds
+    are called as modules."""
 
     needs_reads = True
 
@@ -103,48 +105,57 @@ class StructuredForward:
         positions = torch.arange(max_length, device=like.device)[None]
         cos, sin = base.rotary_emb(like.new_empty(0), positions)
         self.cos, self.sin = cos[0], sin[0]  # [max_length, d], rounded as the model rounds them
+        self.refresh()
 
     def __call__(self, step: Step, cache: KVCache) -> torch.Tensor:
         base = self._model.model
         cos, sin = self.cos[step.positions, None], self.sin[step.positions, None]  # [T, 1, d]
-        x = F.embedding(step.token_ids, base.embed_tokens.weight)
+        x = F.embedding(step.token_ids, self._plain(base.embed_tokens).weight)
         for i, layer in enumerate(self._layers):
             attention, mlp = layer.self_attn, layer.mlp
             h = self._norm(x, layer.input_layernorm)
             query, key, value = (
-                _linear(h, linear).view(h.shape[0], -1, self.head_dim)
+                self._linear(h, linear).view(h.shape[0], -1, self.head_dim)
                 for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
             if hasattr(attention, "q_norm"):
                 query, key = self._norm(query, attention.q_norm), self._norm(key, attention.k_norm)
             query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
             out = paged_attention(query, key, value, cache.keys[i], cache.values[i], step, self.scale, self.windows[i])
-            x = x + _linear(out.flatten(1), attention.o_proj)
+            x = x + self._linear(out.flatten(1), attention.o_proj)
             h = self._norm(x, layer.post_attention_layernorm)
-            x = x + _linear(mlp.act_fn(_linear(h, mlp.gate_proj)) * _linear(h, mlp.up_proj), mlp.down_proj)
-        return _linear(self._norm(x[step.outputs], base.norm), self._model.lm_head)
+            gated = mlp.act_fn(self._linear(h, mlp.gate_proj)) * self._linear(h, mlp.up_proj)
+            x = x + self._linear(gated, mlp.down_proj)
+        return self._linear(self._norm(x[step.outputs], base.norm), self._model.lm_head)
 
     def refresh(self) -> None:
-        pass  # modules are asked for their parameters at every step
+        self._merged = merged_layers(self._model)  # all others are asked for their parameters at every step
+
+    def _plain(self, module: nn.Module) -> Any:
+        return self._merged.get(module, module)
+
+    def _linear(self, x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+        module = self._plain(module)
+        return F.linear(x, module.weight, module.bias) if type(module) is nn.Linear else module(x)
 
     def parameters(self) -> list[torch.Tensor | None]:
         """Embedding, last norm, output layer, and 15 a layer in the order of the compiled step's ``Layer``."""
-        base = self._model.model
-        tensors = [base.embed_tokens.weight, base.norm.weight, self._model.lm_head.weight]
+        base, plain = self._model.model, self._plain
+        tensors = [plain(base.embed_tokens).weight, base.norm.weight, plain(self._model.lm_head).weight]
         for layer in base.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+            projections = [plain(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)]
             tensors += [layer.input_layernorm.weight, *(p.weight for p in projections), *(p.bias for p in projections)]
             tensors += (
                 [attention.q_norm.weight, attention.k_norm.weight] if hasattr(attention, "q_norm") else [None] * 2
             )
             tensors += [layer.post_attention_layernorm.weight]
-            tensors += [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight]
+            tensors += [plain(p).weight for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
         return tensors
 
     def fits_native(self) -> bool:
         """Whether the compiled step can read this model: plain linear layers on the CPU, of widths that it takes."""
-        linears = {name: m for name, m in self._model.named_modules() if name.endswith(("_proj", "lm_head"))}
+        linears = {n: self._plain(m) for n, m in self._model.named_modules() if n.endswith(("_proj", "lm_head"))}
         biased = {name for name, linear in linears.items() if getattr(linear, "bias", None) is not None}
         if (
             any(type(linear) is not nn.Linear for linear in linears.values())
@@ -206,6 +217,7 @@ class NativeForward:
         self.refresh()
 
     def refresh(self) -> None:
+        self._structured.refresh()
         self._parameters = self._structured.parameters()
         self._addresses: list[int] = []  # none yet: looked up by the next step
 
@@ -259,12 +271,6 @@ def without_decoding(step: Step) -> Step:
         chunks=[replace(chunk, first=chunk.first - d) for chunk in step.chunks],
         outputs=step.outputs[d:] - d,
     )
-
-
-def _linear(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    if type(module) is nn.Linear:
-        return F.linear(x, module.weight, module.bias)
-    return module(x)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,11 @@ def copy_weights(source: Mapping[str, torch.Tensor] | nn.Module, model: nn.Modul
         UserError: a name is unknown or missing, or a shape differs; the model is unchanged then.
     """
     given = dict(source.named_parameters() if isinstance(source, nn.Module) else source)
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    if hasattr(model, "peft_config"):
+        adapter = _adapter(model)
+        if given and given.keys() <= adapter.keys():
+            own = adapter
     for name, tensor in given.items():
         if name not in own:
             raise UserError(f"weight update names {name!r}, which the model does not have")
@@ -34,6 +38,13 @@ def copy_weights(source: Mapping[str, torch.Tensor] | nn.Module, model: nn.Modul
     for name, tensor in given.items():
         if tensor.data_ptr() != own[name].data_ptr():
             own[name].copy_(tensor)
+
+
+def _adapter(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The active adapter's own tensors by the names under which peft saves them."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)  # type: ignore[arg-type]
 
 
 def weights_checksum(model: nn.Module) -> str:
