@@ -54,13 +54,17 @@ def completion_log_probs(
         "tokens": tokens,
         "token_logprobs": [p if p is None else max(p, LOWEST) for p in log_probs],
         "top_logprobs": [
-            None if p is None else {names.text(token): max(q, LOWEST) for token, q in top[:num_top]}
-            for p, top in zip(log_probs, tops, strict=True)
+            None if p is None else _by_text(names, top[:num_top]) for p, top in zip(log_probs, tops, strict=True)
         ]
         if num_top
         else None,
         "text_offset": offsets,
     }
+
+
+def _by_text(names: TokenNames, top: list[tuple[int, float]]) -> dict[str, float]:
+    """Log-probs by text; of tokens with the same text, such as parts of characters, that of the likeliest."""
+    return {names.text(token): max(log_prob, LOWEST) for token, log_prob in reversed(top)}
 
 
 def prompt_log_probs(

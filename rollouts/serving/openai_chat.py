@@ -51,10 +51,11 @@ async def prepare(served: ServedModel, request: ChatRequest) -> Prepared:
     if tools and request.parallel_tool_calls is False and not params.constrained:
         params = _up_to_one_call(served, params)
     served.check_places(params.n)
-    # No token of a bound text is spent on thinking aloud.
-    reasoning = request.separate_reasoning is not False and not params.constrained
-    opened = decode(served.tokenizer, ids[-4:], skip_special=False).rstrip().endswith(reasoning_tags.OPEN)
-    return Prepared(Job(ids, params), MessageForm(reasoning, opened, bool(tools)))
+    # A text that is bound begins where it is sampled, whatever the prompt has opened.
+    ending = decode(served.tokenizer, ids[-4:], skip_special=False).rstrip()
+    opened = ending.endswith(reasoning_tags.OPEN) and not params.constrained
+    form = MessageForm(request.separate_reasoning is not False, opened, bool(tools))
+    return Prepared(Job(ids, params), form)
 
 
 def _grammar(served: ServedModel, request: ChatRequest) -> str | None:
