@@ -144,9 +144,10 @@ def compute_stats_from_jsonl(path: str | Path, keys: Sequence[str] | None = None
 def format_metrics(metrics: Metrics) -> str:
     """The metrics worth a console line, those that are there, as ``loss=2.3145, lr=1.00e-05, 14,045 tokens/s``."""
     parts = []
-    for key in ("loss", "accuracy", "grad_norm", "val_loss", "val_accuracy"):
+    named = ("loss", "accuracy", "reward_mean", "eval_reward", "mismatch_kl", "grad_norm", "val_loss", "val_accuracy")
+    for key in named:
         if metrics.get(key) is not None:
-            parts.append(f"{key}={metrics[key]:.4f}")
+            parts.append(f"{key}={metrics[key]:.4f}" if key != "mismatch_kl" else f"{key}={metrics[key]:.1e}")
     if metrics.get("lr") is not None:
         parts.append(f"lr={metrics['lr']:.2e}")
     if metrics.get("tokens_per_second") is not None:
@@ -175,8 +176,11 @@ class ConsoleLogger:
             self._progress = ProgressLine(
                 self.title, self.total, initial=step, file=self._output, every_seconds=math.inf
             )
-        self._progress.update(step, note=format_metrics({k: metrics.get(k) for k in ("loss", "val_loss")}))
-        if step == self.total or metrics.get("val_loss") is not None or (self.every and step % self.every == 0):
+        self._progress.update(
+            step, note=format_metrics({k: metrics.get(k) for k in ("loss", "reward_mean", "val_loss")})
+        )
+        validated = metrics.get("val_loss") is not None or metrics.get("eval_reward") is not None
+        if step == self.total or validated or (self.every and step % self.every == 0):
             place = f"Step {step}/{self.total}: {format_metrics(metrics)}"
             left = self._progress.time_left()
             self._progress.print(f"{place}, {left} left" if left and step < self.total else place)

@@ -34,6 +34,11 @@ def is_learnable(sample: Sample) -> bool:
     return ended and sample.reward is not None and math.isfinite(sample.reward) and sample.num_loss_tokens > 0
 
 
+def compute_reward(sample: Sample) -> float:
+    """1.0 if ``metadata["correct"]``, else 0.0."""
+    return 1.0 if sample.metadata.get("correct") else 0.0
+
+
 def prepare_rl_batch(samples: Sequence[Sample], columns: Columns | None = None, share_prompts: bool = True) -> Batch:
     """Tensors of one packed micro-batch of a policy update.
 
@@ -60,8 +65,8 @@ def prepare_rl_batch(samples: Sequence[Sample], columns: Columns | None = None, 
             fields[name] = [np.asarray(v, np.float32)[p] for v, p in zip(values, positions)]
     for name, arrays in {**fields, **(columns or {})}.items():
         assert [len(a) for a in arrays] == counts, f"{name} has {[len(a) for a in arrays]} values for {counts} tokens"
-        flat = np.concatenate([np.zeros(0, np.float32), *arrays])
-        batch[name] = torch.from_numpy(flat.astype(np.float32, copy=False))
+        flat = np.concatenate(arrays) if arrays else np.zeros(0, np.float32)
+        batch[name] = torch.from_numpy(flat if flat.dtype == np.bool_ else flat.astype(np.float32, copy=False))
     return batch
 
 
@@ -95,12 +100,26 @@ def collate_rl_step(
     return batches, members
 
 
-def draw_mini_batches(count: int, mini_batches: int, seed: Sequence[int]) -> list[list[int]]:
-    """Indices 0 .. count - 1 divided at random into ``mini_batches`` parts of nearly equal size, none of them empty.
+def draw_mini_batches(samples: Sequence[Sample], mini_batches: int, seed: Sequence[int]) -> list[list[int]]:
+    """Indices of ``samples`` in ``mini_batches`` parts of nearly equal size, none of them empty.
 
-    One part keeps the given order. ``seed`` makes the division the same on every rank and after a resume.
+    Groups are drawn in random order, their samples side by side, for they share a prompt; one part keeps the given
+    order. ``seed`` makes the division the same on every rank and after a resume.
     """
-    if mini_batches == 1 or count <= 1:
-        return [list(range(count))] if count else []
-    order = np.random.default_rng(seed).permutation(count)
-    return [part.tolist() for part in np.array_split(order, min(mini_batches, count))]
+    if not samples:
+        return []
+    if mini_batches == 1:
+        return [list(range(len(samples)))]
+    groups = group_samples(samples)
+    place = {id(sample): i for i, sample in enumerate(samples)}
+    order = np.random.default_rng(seed).permutation(len(groups)).tolist()
+    indices = np.array([place[id(sample)] for g in order for sample in groups[g]])
+    return [part.tolist() for part in np.array_split(indices, min(mini_batches, len(samples)))]
+
+
+def group_samples(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Samples by ``group_id``, groups in order of their first sample; a sample without one is a group of its own."""
+    groups: dict[str, list[Sample]] = {}
+    for i, sample in enumerate(samples):
+        groups.setdefault(sample.group_id or f"\0{i}", []).append(sample)
+    return list(groups.values())

@@ -13,19 +13,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from rollouts.training.loops.rl_batches import is_learnable, learned_positions
+from rollouts.training.loops.rl_batches import group_samples, is_learnable
 from rollouts.training.metrics import drop_lines_from
 from rollouts.training.types import RolloutBatch, Sample, SampleStatus
 
 SOLVED = 0.999  # a reward that counts as a solved task, for pass@k
-
-
-def group_samples(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Samples by ``group_id``, groups in order of their first sample; a sample without one is a group of its own."""
-    groups: dict[str, list[Sample]] = {}
-    for i, sample in enumerate(samples):
-        groups.setdefault(sample.group_id or f"\0{i}", []).append(sample)
-    return list(groups.values())
 
 
 def describe_rollouts(batch: RolloutBatch, version: int) -> dict[str, float]:
@@ -68,7 +60,8 @@ def describe_rollouts(batch: RolloutBatch, version: int) -> dict[str, float]:
             "response_length_mean": float(np.mean(lengths)),
             "response_length_max": max(lengths),
         }
-    metrics |= _means_by("reward", ((name, v) for s in judged for name, v in s.rewards.items()))
+    parts = ((name, v) for s in judged if len(s.rewards) > 1 for name, v in s.rewards.items())
+    metrics |= _means_by("reward", parts)
     tasks = ((str(s.metadata["task"]), s.reward) for s in judged if "task" in s.metadata)
     metrics |= _means_by("reward_task", tasks)
     stale = [version - w.version for s in judged for w in s.weight_versions for _ in range(w.end - w.start)]
@@ -76,29 +69,6 @@ def describe_rollouts(batch: RolloutBatch, version: int) -> dict[str, float]:
         metrics |= {"staleness_mean": float(np.mean(stale)), "staleness_max": max(stale)}
     dropped: Mapping[str, int] = batch.metadata.get("dropped", {})
     return metrics | {f"dropped/{reason}": count for reason, count in dropped.items()}
-
-
-def describe_mismatch(samples: Sequence[Sample], trainer_log_probs: Sequence[np.ndarray]) -> dict[str, float]:
-    """How far the sampler's log-probs are from the trainer's for the same tokens, with d = trainer - sampler.
-
-    ``mismatch_kl`` is the mean of e^d - d - 1 (k3 of the sampler to the trainer), ``mismatch_abs`` of |d|, and
-    ``mismatch_ess`` the effective sample size of the weights e^d over the number of tokens: (sum w)^2 / (n sum w^2).
-    """
-    pairs = [
-        (t, np.asarray(s.rollout_log_probs, np.float64)[learned_positions(s)])
-        for s, t in zip(samples, trainer_log_probs)
-        if s.rollout_log_probs is not None
-    ]
-    if not pairs:
-        return {}
-    d = np.clip(np.concatenate([t.astype(np.float64) - r for t, r in pairs]), -20, 20)
-    w = np.exp(d)
-    return {
-        "mismatch_kl": float(np.mean(np.expm1(d) - d)),
-        "mismatch_abs": float(np.mean(np.abs(d))),
-        "mismatch_max": float(np.max(np.abs(d))),
-        "mismatch_ess": float(w.sum() ** 2 / (len(w) * (w**2).sum())),
-    }
 
 
 class Stopwatch:
