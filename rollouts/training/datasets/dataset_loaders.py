@@ -201,18 +201,18 @@ def load_sft_dataset(
     """
     if max_length is not None and max_length < 2:
         raise UserError(f"max_length must be at least 2, got {max_length}")
-    specs = _specs(sources)
+    specs = source_specs(sources)
     root = Path(cache_dir) if cache_dir is not None else _default_cache()
     stores = [_cached_store(spec, tokenizer, max_length, root) for spec in specs]
     report = functools.reduce(LoadReport.__add__, (s.report for s in stores))
-    _judge(report, on_bad_row, max_length)
+    judge(report, on_bad_row, max_length)
     for spec, store in zip(specs, stores, strict=True):
         if len(store) == 0:
             why = f"{len(store.report.bad_rows):,} bad, {len(store.report.too_long):,} too long, 0 usable"
             raise UserError(
                 f"{spec.path}: holds no usable rows ({why if store.report.rows else 'empty'}); check the file"
             )
-    return SampleDataset(stores, _mixture(specs, [len(s) for s in stores], seed), report)
+    return SampleDataset(stores, mixture(specs, [len(s) for s in stores], seed), report)
 
 
 def load_sft_samples(
@@ -230,7 +230,7 @@ def load_sft_samples(
     return list(load_sft_dataset(path, tokenizer, **options))
 
 
-def _specs(sources: Source | Sequence[Source]) -> list[DatasetSpec]:
+def source_specs(sources: Source | Sequence[Source]) -> list[DatasetSpec]:
     if isinstance(sources, str | Path | DatasetSpec | Mapping):
         return [DatasetSpec.of(sources)]
     specs = [DatasetSpec.of(s) for s in sources]
@@ -239,7 +239,7 @@ def _specs(sources: Source | Sequence[Source]) -> list[DatasetSpec]:
     return specs
 
 
-def _judge(report: LoadReport, on_bad_row: str, max_length: int | None = None) -> None:
+def judge(report: LoadReport, on_bad_row: str, max_length: int | None = None) -> None:
     """Log every bad row, and how many samples are too long with the first of them; raise UserError on "fail"."""
     if on_bad_row not in ("fail", "skip"):
         raise UserError(f"on_bad_row must be 'fail' or 'skip', got {on_bad_row!r}")
@@ -258,7 +258,7 @@ def _judge(report: LoadReport, on_bad_row: str, max_length: int | None = None) -
         )
 
 
-def _mixture(specs: Sequence[DatasetSpec], sizes: Sequence[int], seed: int) -> np.ndarray:
+def mixture(specs: Sequence[DatasetSpec], sizes: Sequence[int], seed: int) -> np.ndarray:
     """Which samples a mixture holds, source after source; int64 numbers into the sources counted through."""
     weights = [s.weight for s in specs]
     if any(w is None for w in weights) and any(w is not None for w in weights):
@@ -452,7 +452,7 @@ def load_dataset_with_answers(source: Source | Sequence[Source], *, on_bad_row: 
 def _load_prompts(
     source: Source | Sequence[Source], on_bad_row: str, check: Callable[[Row, Sample], None]
 ) -> list[Sample]:
-    specs = _specs(source)
+    specs = source_specs(source)
     report = LoadReport()
     samples: list[list[Sample]] = []
     names: dict[str, str] = {}  # file -> what the ids of its rows begin with
@@ -474,14 +474,14 @@ def _load_prompts(
                 report.bad_rows.append(Problem(row.file, row.line, str(e)))
             if len(samples[-1]) == spec.max_samples:
                 break
-    _judge(report, on_bad_row)
+    judge(report, on_bad_row)
     for spec, found in zip(specs, samples, strict=True):
         if not found:
             raise UserError(f"{spec.path}: holds no usable prompts; check the file")
     flat = [s for found in samples for s in found]
     uses: Counter[str] = Counter()
     prompts = []
-    for i in _mixture(specs, [len(found) for found in samples], seed=0):
+    for i in mixture(specs, [len(found) for found in samples], seed=0):
         sample = flat[i]
         uses[sample.id] += 1
         again = f"{sample.id}#{uses[sample.id]}"
