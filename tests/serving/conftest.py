@@ -28,6 +28,13 @@ def server(served_weights: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Ite
 
 
 @pytest.fixture
+def own_server(served_weights: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Iterator[Running]:
+    """For one test alone, which may break it."""
+    with running(served_weights / "a", tiny_tokenizer) as one:
+        yield one
+
+
+@pytest.fixture
 def small_server(served_weights: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Iterator[Running]:
     """One row and a line of two: easy to fill."""
     settings = Settings(max_queue=2, body_timeout=0.5, header_timeout=0.5, send_timeout=0.5)
