@@ -29,7 +29,7 @@ _HOME = {
     "functions": ("load_function",),
     "rewards": ("REWARDS", "RewardReport", "RewardRunner", "RewardSpec", "score_samples"),
     "model_utils": ("load_hf_model",),
-    "rollout_gen": ("EngineGenerate", "RolloutConfig"),
+    "rollout_gen": ("AsyncRolloutManager", "EngineGenerate", "RolloutConfig"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -281,8 +281,8 @@ class RLTrainingConfig:
         baseline: a constant subtracted from every reward, instead of an estimator; None = use ``advantage``.
         loss: ``PolicyLossConfig``, its options as a mapping, or a loss function; None = the backend's own loss if it
             was given one, else a clipped policy loss with its defaults.
-        correction: of the gap between sampler and trainer, a ``CorrectionConfig`` or its name; None = the loss's own, or
-            ``tis`` where rollouts may be stale.
+        correction: of the gap between sampler and trainer, a ``CorrectionConfig`` or its name; None = the loss's own,
+            or ``tis`` where rollouts may be stale.
         temperature: at which the rollouts were sampled, and at which log-probs are computed.
         kl_in_reward: weight of the KL to the reference model subtracted from each token's reward; 0 = none.
         old_log_probs: whose log-probs the loss compares with: ``trainer`` computes them once at the start of a step,

@@ -323,6 +323,7 @@ def _average(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     weights = np.array([u.get("num_tokens", 1.0) for u in updates])
     weights = weights / weights.sum() if weights.sum() else np.full(len(updates), 1.0 / len(updates))
     mean = {name: float(np.dot(weights, [u[name] for u in updates])) for name in updates[-1]}
+    mean.pop("num_tokens", None)  # of an optimizer step; the batch's are response_tokens
     mean |= {name: updates[-1][name] for name in ("lr", "skipped_steps") if name in updates[-1]}
     if "ratio_weight" in mean:
         second = mean.pop("ratio_weight_squared")
