@@ -1,6 +1,9 @@
 """Supervised fine-tuning: a flat loop over data, gradient, step, validation and checkpoint.
 
-cursor --indices--> collate_step --micro-batches--> forward_backward --> optim_step --> log
+``run_gradient_steps`` is the loop itself, which every kind of training on fixed data shares; what differs is how items
+of the data become micro-batches (``collate``) and what the backend's loss makes of them.
+
+cursor --indices--> collate --micro-batches--> forward_backward --> optim_step --> log
                                                                every so often: evaluate, save_checkpoint
 """
 
@@ -8,23 +11,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio.lowlevel
+import numpy as np
 
 from rollouts.errors import UserError
 from rollouts.training.backends.loss_model import flops_per_token
+from rollouts.training.backends.protocol import Batch
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.checkpoints import require_same
 from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.hardware import matmul_peak, peak_memory_mb
-from rollouts.training.loops.batches import collate_batch, collate_step, prepare_sft_batch, sample_lengths
+from rollouts.training.loops.batches import collate_batch, collate_step, prepare_sft_batch
 from rollouts.training.metrics import ConsoleLogger, MetricsLogger
 from rollouts.training.types import Sample, SFTTrainingConfig
 
-__all__ = ["collate_batch", "prepare_sft_batch", "run_sft_training"]
+__all__ = ["collate_batch", "prepare_sft_batch", "run_gradient_steps", "run_sft_training"]
+
+Item = TypeVar("Item")
 
 
 async def run_sft_training(
@@ -59,10 +66,39 @@ async def run_sft_training(
     _require_learnable(samples, "samples")
     if validation is not None:
         _require_learnable(validation, "validation samples")
-    lengths = sample_lengths(samples)
-    cursor = DataBuffer(range(len(samples)), seed=config.seed, shuffle=config.shuffle)
+
+    def collate(items: Sequence[Sample], indices: Sequence[int]) -> list[Batch]:
+        return collate_step(
+            items, indices, config.max_tokens_per_micro_batch, config.packing, backend.rank, backend.world_size
+        )
+
+    return await run_gradient_steps(
+        backend, samples, config, metrics_logger, collate=collate, validation=validation, resume=resume
+    )
+
+
+async def run_gradient_steps(
+    backend: PyTorchTrainingBackend,
+    items: Sequence[Item],
+    config: SFTTrainingConfig,
+    metrics_logger: MetricsLogger | None = None,
+    *,
+    collate: Callable[[Sequence[Item], Sequence[int]], list[Batch]],
+    validation: Sequence[Item] | None = None,
+    resume: bool = True,
+    title: str = "SFT",
+) -> list[dict[str, Any]]:
+    """As ``run_sft_training``, on items of any kind: ``config.batch_size`` of them a step.
+
+    Args:
+        items, validation: what is learned from and validated on; ``len`` of an item is its number of tokens.
+        collate: ``(items, indices) -> this rank's micro-batches`` of a step that learns from those items.
+        title: begins the console's lines.
+    """
+    lengths = item_lengths(items)
+    cursor = DataBuffer(range(len(items)), seed=config.seed, shuffle=config.shuffle)
     stopper = EarlyStopping(config.early_stopping_patience)
-    settings = {"num_samples": len(samples), "num_tokens": int(lengths.sum()), "batch_size": config.batch_size}
+    settings = {"num_samples": len(items), "num_tokens": int(lengths.sum()), "batch_size": config.batch_size}
     backend.max_bad_steps, backend.keep_checkpoints = config.max_bad_steps, config.keep_checkpoints
     step, metrics = 0, {}
 
@@ -75,17 +111,14 @@ async def run_sft_training(
         if step >= config.num_steps or stopper.should_stop:
             return [metrics]
 
-    logger = metrics_logger or ConsoleLogger(config.num_steps, config.log_every, title="SFT")
+    logger = metrics_logger or ConsoleLogger(config.num_steps, config.log_every, title=title)
     meter = Meter(backend)
     history = []
     while step < config.num_steps and not stopper.should_stop:
         await anyio.lowlevel.checkpoint()  # lets Ctrl-C and other tasks in: the backend's futures are complete already
         meter.start()
         indices = cursor.get_prompts(config.batch_size)
-        batches = collate_step(
-            samples, indices, config.max_tokens_per_micro_batch, config.packing, backend.rank, backend.world_size
-        )
-        learned = await backend.forward_backward(batches)
+        learned = await backend.forward_backward(collate(items, indices))
         updated = await backend.optim_step()
         step += 1
         metrics = {"step": step, "epoch": cursor.epoch_id, **learned, **_without_step(updated)}
@@ -93,7 +126,8 @@ async def run_sft_training(
 
         last = step == config.num_steps
         if validation is not None and (last or _is_due(step, config.eval_every)):
-            metrics |= await evaluate_loss(backend, validation, config)
+            measured = await backend.evaluate(collate(validation, range(len(validation))))
+            metrics |= {f"val_{name}": value for name, value in measured.items() if name != "num_tokens"}
             stopper.update(metrics["val_loss"])
             last = last or stopper.should_stop
         history.append(metrics)
@@ -110,22 +144,6 @@ async def run_sft_training(
             }
             await backend.save_checkpoint(step, metrics, state)
     return history
-
-
-async def evaluate_loss(
-    backend: PyTorchTrainingBackend, samples: Sequence[Sample], config: SFTTrainingConfig
-) -> dict[str, float]:
-    """``val_loss`` and ``val_<metric>``: means over all learned tokens of ``samples``, each seen once."""
-    batches = collate_step(
-        samples,
-        range(len(samples)),
-        config.max_tokens_per_micro_batch,
-        config.packing,
-        backend.rank,
-        backend.world_size,
-    )
-    measured = await backend.evaluate(batches)
-    return {f"val_{name}": value for name, value in measured.items() if name != "num_tokens"}
 
 
 @dataclass
@@ -170,6 +188,12 @@ class Meter:
             "mfu": flops / seconds / self._peak,
             "peak_memory_mb": peak_memory_mb(self._device),
         }
+
+
+def item_lengths(items: Sequence[Any]) -> np.ndarray:
+    """Tokens of each item, int64 [len]; a tokenized data set knows them without reading any."""
+    lengths = getattr(items, "lengths", None)
+    return np.asarray(lengths if lengths is not None else [len(item) for item in items], dtype=np.int64)
 
 
 def _require_learnable(samples: Sequence[Sample], what: str) -> None:
