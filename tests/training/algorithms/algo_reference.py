@@ -169,3 +169,137 @@ def finite_differences(function: Any, x: Array, mask: Array, step: float = 1e-6)
         down[place] -= step
         grad[place] = (function(up) - function(down)) / (2 * step)
     return grad
+
+
+# Advantages: rewards [S], groups S ids, mask [S, L], r [S, L] rewards per token -> [S, L] -----------------------
+
+
+def group_mean_std(values: Array, groups: list[str], i: int) -> tuple[float, float, int]:
+    """(mean, standard deviation with ddof 1, size) of row i's group; a group of one has mean 0 and deviation 1."""
+    members = [values[j] for j in range(len(values)) if groups[j] == groups[i]]
+    if len(members) == 1:
+        return 0.0, 1.0, 1
+    return float(np.mean(members)), float(np.std(members, ddof=1)), len(members)
+
+
+def whiten(x: Array, mask: Array) -> Array:
+    valid = x[mask > 0]
+    if len(valid) < 2:
+        return x * mask
+    return (x - valid.mean()) / np.sqrt(valid.var(ddof=1) + 1e-8) * mask
+
+
+def to_go(r: Array, mask: Array, gamma: float) -> Array:
+    out = np.zeros_like(r)
+    for i in range(len(r)):
+        valid = [t for t in range(r.shape[1]) if mask[i, t]]
+        for k, t in enumerate(valid):
+            out[i, t] = sum(gamma**j * r[i, u] for j, u in enumerate(valid[k:]))
+    return out
+
+
+def outcome_at_end(rewards: Array, mask: Array) -> Array:
+    r = np.zeros_like(mask)
+    for i in range(len(mask)):
+        if mask[i].any():
+            r[i, np.nonzero(mask[i])[0][-1]] = rewards[i]
+    return r
+
+
+def advantages(name: str, b: dict[str, Any], o: dict[str, Any]) -> Array:
+    """``o`` has norm, gamma, lam, greedy [S], many [S, K], weights [K], token_rewards, collision, process."""
+    mask, groups = b["mask"], b["groups"]
+    n = len(mask)
+    rewards = b["rewards"] + (o["token_rewards"] * mask).sum(1)
+    r = o["token_rewards"] * mask + outcome_at_end(b["rewards"], mask)
+
+    def grpo(values: Array) -> Array:
+        out = []
+        for i in range(n):
+            mean, std, size = group_mean_std(values, groups, i)
+            out.append((values[i] - mean) / ((std + 1e-6 if size > 1 else 1.0) if o["norm"] else 1.0))
+        return np.array(out)
+
+    def rloo(values: Array) -> Array:
+        out = []
+        for i in range(n):
+            others = [values[j] for j in range(n) if groups[j] == groups[i] and j != i]
+            out.append(values[i] - (np.mean(others) if others else 0.0))
+        return np.array(out)
+
+    def rows(values: Array) -> Array:
+        return values[:, None] * mask
+
+    if name == "grpo":
+        return rows(grpo(rewards))
+    if name == "rloo":
+        return rows(rloo(rewards))
+    if name == "reinforce_plus_plus":
+        return whiten(to_go(r, mask, o["gamma"]), mask)
+    if name == "reinforce_plus_plus_baseline":
+        return whiten(rows(np.array([rewards[i] - group_mean_std(rewards, groups, i)[0] for i in range(n)])), mask)
+    if name == "remax":
+        return (to_go(r, mask, o["gamma"]) - o["greedy"][:, None]) * mask
+    if name == "gae":
+        return whiten(gae(r, b["values"], mask, o["gamma"], o["lam"]), mask)
+    if name == "opo":
+        out = np.zeros(n)
+        for i in range(n):
+            members = [j for j in range(n) if groups[j] == groups[i]]
+            weighed = sum(mask[j].sum() * rewards[j] for j in members) / sum(mask[j].sum() for j in members)
+            out[i] = rewards[i] - (weighed if len(members) > 1 else 0.0)
+        return rows(out)
+    if name == "gpg":
+        centered = np.array([rewards[i] - group_mean_std(rewards, groups, i)[0] for i in range(n)])
+        return rows(centered * n / np.sum(abs(centered) > 1e-9))
+    if name == "grpo_passk":
+        out = np.zeros(n)
+        for g in set(groups):
+            members = sorted((j for j in range(n) if groups[j] == g), key=lambda j: -rewards[j])
+            if len(members) == 1:
+                out[members[0]] = rewards[members[0]]
+            else:
+                std = np.std([rewards[j] for j in members], ddof=1)
+                gap = rewards[members[0]] - rewards[members[1]]
+                out[members[0]] = gap / (std + 1e-6 if o["norm"] else 1.0)
+        return rows(out)
+    if name == "gdpo":
+        return whiten(rows(sum(w * grpo(o["many"][:, k]) for k, w in enumerate(o["weights"]))), mask)
+    if name == "optimal_token_baseline":
+        returns, weight = to_go(r, mask, o["gamma"]), np.zeros_like(mask)
+        for i in range(n):
+            total = 0.0
+            for t in range(mask.shape[1]):
+                total += (1 - 2 * np.exp(b["old"][i, t]) + o["collision"][i, t]) * mask[i, t]
+                weight[i, t] = total
+        out = np.zeros_like(mask)
+        for i in range(n):
+            members = [j for j in range(n) if groups[j] == groups[i]]
+            for t in range(mask.shape[1]):
+                if mask[i, t]:
+                    here = [j for j in members if mask[j, t]]
+                    base = sum(returns[j, t] * weight[j, t] for j in here) / sum(weight[j, t] for j in here)
+                    out[i, t] = returns[i, t] - (base if len(members) > 1 else 0.0)
+        return out
+    if name == "prime":
+        outcome, sums = rloo(rewards), (o["process"] * mask).sum(1)
+        process = rloo(sums)
+        token = outcome_at_end(outcome, mask)
+        for i in range(n):
+            for t in range(mask.shape[1]):
+                if mask[i, t]:
+                    token[i, t] += o["process"][i, t] - (sums[i] - process[i]) / mask[i].sum()
+        return whiten(to_go(token, mask, o["gamma"]), mask)
+    raise KeyError(name)
+
+
+def gae(r: Array, values: Array, mask: Array, gamma: float, lam: float) -> Array:
+    """As the sum Σ_l (γλ)^l δ_{t+l} over learned tokens alone."""
+    out = np.zeros_like(r)
+    for i in range(len(r)):
+        valid = [t for t in range(r.shape[1]) if mask[i, t]]
+        v = [*(values[i, t] for t in valid), 0.0]
+        delta = [r[i, t] + gamma * v[k + 1] - v[k] for k, t in enumerate(valid)]
+        for k, t in enumerate(valid):
+            out[i, t] = sum((gamma * lam) ** j * d for j, d in enumerate(delta[k:]))
+    return out
