@@ -20,6 +20,8 @@ _HOME = {  # public name -> module; resolved on first use, so that a tokenizer c
     "add_lora": "lora",
     "save_lora": "lora",
     "merge_lora": "lora",
+    "make_reward_model": "reward_model",
+    "load_reward_model": "reward_model",
     "export_model": "export",
     "export_checkpoint": "export",
 }

@@ -50,8 +50,19 @@ def load_hf_model(
 
     Raises:
         UserError: no such folder or hub model, no safetensors weights, no tokenizer, weights that do not fit the
-            configuration, an architecture that needs code of its own, or a dtype or device that does not exist.
+            configuration, an architecture that needs code of its own, or a dtype or device that does not exist; or a
+            reward model, which writes no text.
     """
+    model, tokenizer = load_any_model(model_name, device, dtype)
+    if hasattr(model, "score"):
+        raise UserError(f"{model_name} is a reward model, which gives scores and writes no text; use load_reward_model")
+    return model, tokenizer
+
+
+def load_any_model(
+    model_name: str | Path, device: str | torch.device | None, dtype: str | torch.dtype
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """As ``load_hf_model``, for a language model or a sequence classifier."""
     dtype, device = parse_dtype(dtype), parse_device(device)  # first, as they are checked in no time
     folder = find_model_folder(model_name)
     model = load_weights(folder, dtype)
@@ -64,8 +75,8 @@ def load_hf_model(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the model's embedding has only {rows} rows; "
             "they do not belong together"
         )
-    for config in (model.config, model.generation_config):
-        if config.pad_token_id is None:
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None and config.pad_token_id is None:
             config.pad_token_id = tokenizer.pad_token_id
     model = model.to(device)
     if os.environ.get("RANK", "0") == "0":
@@ -172,12 +183,15 @@ def load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel | PeftMode
     """The model in ``folder`` (with its base model, for an adapter) on the CPU in ``dtype``. Raises UserError."""
     if (folder / ADAPTER_CONFIG).is_file():
         return _load_adapter(folder, dtype)
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     _refuse_what_cannot_load(folder)
     quiet_on_pipe()
+    named = read_json(folder / "config.json").get("architectures") or [""]
+    is_classifier = str(named[0]).endswith("ForSequenceClassification")
+    kind: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
@@ -222,6 +236,10 @@ def _load_adapter(folder: Path, dtype: torch.dtype) -> PeftModel:
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"the adapter in {folder} has no {ADAPTER_WEIGHTS}; only safetensors are loaded")
     base = load_weights(base_folder(folder), dtype)
+    if read_json(folder / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS" and not hasattr(base, "score"):
+        from rollouts.models.reward_model import make_reward_model
+
+        base = make_reward_model(base)  # whose head the adapter brings
     try:
         return PeftModel.from_pretrained(base, str(folder), is_trainable=True).eval()
     except Exception as error:

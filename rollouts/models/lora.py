@@ -52,12 +52,14 @@ def add_lora(model: PreTrainedModel, config: LoRAConfig | None = None, seed: int
     """Put a fresh adapter on ``model`` (changed in place) and freeze everything else.
 
     B starts at zero, so the outputs are those of ``model``; A is drawn from ``seed``. Under half-precision weights peft
-    keeps the adapter in float32.
+    keeps the adapter in float32. The head of a reward model is trained and saved with the adapter.
 
     Raises:
         UserError: ``config.target_modules`` names no layer of the model.
     """
     from peft import LoraConfig, get_peft_model
+
+    from rollouts.models.reward_model import is_reward_model
 
     config = config or LoRAConfig()
     names = config.target_modules
@@ -67,7 +69,7 @@ def add_lora(model: PreTrainedModel, config: LoRAConfig | None = None, seed: int
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # declared int, used as a factor
         lora_dropout=config.dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if is_reward_model(model) else "CAUSAL_LM",  # the former keeps and saves the head
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -20,7 +20,8 @@ class LossModel(nn.Module):
     """``forward(batch, loss_fn)`` -> what ``loss_fn(logits, labels, loss_mask, **other batch fields)`` gives.
 
     Args:
-        model: a transformers causal language model, or a peft model around one.
+        model: a transformers causal language model or sequence classifier (which gives scores [B, S, labels] for
+            logits), or a peft model around one.
 
     Raises:
         UserError: the model's attention does more than softmax(q k) v (attention sinks, for example).
@@ -37,6 +38,7 @@ class LossModel(nn.Module):
                 "(sdpa), which packed attention stands in for; take another model"
             )
         use_packed_attention(self._causal_lm)
+        self._scores = hasattr(self._causal_lm, "score")  # a sequence classifier; its own forward reads one token alone
         # An adapter on the output layer makes it more than one matrix product, too.
         plain_head = type(self._causal_lm.get_output_embeddings()) is nn.Linear
         self._defer = plain_head and not any(getattr(self._causal_lm.config, name, None) for name in _LOGIT_EXTRAS)
@@ -54,7 +56,9 @@ class LossModel(nn.Module):
                 inputs["prefixes"] = batch["prefixes"]
         # Rows padded on the right need no mask: under causal attention no token sees the padding behind it.
         logits: torch.Tensor | DeferredLogits
-        if self._defer and getattr(loss_fn, "accepts_deferred_logits", False):
+        if self._scores:
+            logits = self._causal_lm.score(self._causal_lm.base_model(**inputs).last_hidden_state)
+        elif self._defer and getattr(loss_fn, "accepts_deferred_logits", False):
             hidden = self._causal_lm.base_model(**inputs).last_hidden_state
             head = self._causal_lm.get_output_embeddings()
             logits = DeferredLogits(hidden, head.weight, getattr(head, "bias", None), batch.get("loss_positions"))

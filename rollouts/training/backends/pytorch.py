@@ -421,7 +421,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _saved_name(name: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    return name if name in tensors else name.replace(".default.", ".")
+    return name if name in tensors else name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
 
 
 def _as_list(batch: Batch | Sequence[Batch]) -> Sequence[Batch]:
