@@ -10,7 +10,7 @@ from rollouts.errors import UserError
 from rollouts.training.types import Sample
 
 GenerateFn = Callable[..., "list[Sample] | Awaitable[list[Sample]]"]
-RewardFn = Callable[[Sample], Any]  # float or dict[str, float], sync or async
+RewardFn = Any  # Callable[[Sample], float | dict[str, float]], sync or async; a name; several
 FilterFn = Callable[[list[Sample]], Any]  # bool or FilterResult
 Transform = Callable[[list[Sample]], list[Sample]]
 
@@ -30,7 +30,8 @@ class RolloutConfig:
         n_samples_per_prompt: samples of one prompt, the group that advantages are computed over.
         generate_fn: ``generate_fn(samples, **kwargs)``, sync or async, is given the unfinished samples of one group
             and gives them back finished, in the same order. ``EngineGenerate`` is one over an inference engine.
-        reward_fn: ``reward_fn(sample)``, sync or async, gives a float or named parts of a reward; None if
+        reward_fn: ``reward_fn(sample)``, sync or async, gives a float or named parts of a reward; or whatever else
+            ``RewardRunner`` takes. A sample whose reward fails is left out of learning, never scored 0. None if
             ``generate_fn`` scores, or the loop does.
         filter_fn: ``filter_fn(group)`` gives a bool or a ``FilterResult``; groups it refuses are counted by reason and
             replaced. None keeps all. See ``rollouts.training.filters``.
@@ -49,7 +50,8 @@ class RolloutConfig:
         overlap: go on generating between batches, up to ``max_staleness`` batches ahead; needs ``async with``.
         max_retries: how often a group is tried again, as a whole, after an error or a time-out.
         retry_seconds: wait before the first retry; doubled each time, up to 60 s, and jittered.
-        generate_timeout_s, reward_timeout_s: for one group's generation and one sample's score; None waits for ever.
+        generate_timeout_s: for one group's generation; None waits for ever.
+        reward_timeout_s, reward_isolation: of one sample's score; see ``rollouts.training.rewards.RewardRunner``.
         abort_timeout_s: how long aborted samples may take to hand over what they have.
         max_failed_groups: stop after this many groups in a row that cannot be generated (refused prompts, for one).
         max_dropped_groups: stop when this many groups were dropped for one batch; 0 = never.
@@ -62,7 +64,7 @@ class RolloutConfig:
     batch_size: int
     generate_fn: GenerateFn | None = None
     n_samples_per_prompt: int = 1
-    reward_fn: RewardFn | None = None
+    reward_fn: RewardFn = None
     filter_fn: FilterFn | None = None
     transforms: Sequence[Transform] = ()
     endpoint: Any = None
@@ -74,7 +76,8 @@ class RolloutConfig:
     max_retries: int = 5
     retry_seconds: float = 0.5
     generate_timeout_s: float | None = 600.0
-    reward_timeout_s: float | None = 60.0
+    reward_timeout_s: float = 30.0
+    reward_isolation: str = "auto"
     abort_timeout_s: float = 10.0
     max_failed_groups: int = 8
     max_dropped_groups: int = 0
@@ -91,7 +94,7 @@ class RolloutConfig:
             "max_retries": self.max_retries >= 0,
             "retry_seconds": self.retry_seconds >= 0,
             "generate_timeout_s": self.generate_timeout_s is None or self.generate_timeout_s > 0,
-            "reward_timeout_s": self.reward_timeout_s is None or self.reward_timeout_s > 0,
+            "reward_timeout_s": self.reward_timeout_s > 0,
             "abort_timeout_s": self.abort_timeout_s >= 0,
             "max_failed_groups": self.max_failed_groups >= 1,
             "max_dropped_groups": self.max_dropped_groups >= 0,

@@ -10,7 +10,7 @@ from rollouts.errors import UserError
 from rollouts.inference.completion import Completion, StopReason
 from rollouts.inference.protocol import InferenceEngine
 from rollouts.inference.sampling_params import SamplingParams
-from rollouts.training.rollout_gen.gather import gather
+from rollouts.training.rollout_gen.concurrency import gather
 from rollouts.training.rollout_gen.seeds import sampling_seed
 from rollouts.training.types import Sample, SampleStatus, WeightSpan
 
@@ -56,6 +56,10 @@ class EngineGenerate:
         self._start(samples)
         await gather(self._continue, samples)
         return samples
+
+    async def get_weight_version(self) -> int:
+        """Of the weights that the engine serves now."""
+        return await self.engine.get_weight_version()
 
     async def abort(self) -> None:
         """Every call in flight returns soon, with what its samples have."""
