@@ -303,3 +303,43 @@ def gae(r: Array, values: Array, mask: Array, gamma: float, lam: float) -> Array
         for k, t in enumerate(valid):
             out[i, t] = sum((gamma * lam) ** j * d for j, d in enumerate(delta[k:]))
     return out
+
+
+# Preferences and judges, one pair at a time --------------------------------------------------------------------------
+
+
+def sigmoid(x: float) -> float:
+    return float(1 / (1 + np.exp(-x)))
+
+
+def pair_loss(name: str, c: Array, r: Array, ref_c: Array, ref_r: Array, o: dict[str, Any]) -> float:
+    """Loss of one pair from the log-probs [tokens] of its answers; ``o`` has beta, smoothing, margin, means."""
+
+    def size(x: Array) -> float:
+        return len(x) if o["means"] else 1.0
+
+    h = (c.sum() - ref_c.sum()) / size(c) - (r.sum() - ref_r.sum()) / size(r)
+    if name == "dpo":
+        s = o["smoothing"]
+        return -(1 - s) * np.log(sigmoid(o["beta"] * h)) - s * np.log(sigmoid(-o["beta"] * h))
+    if name == "ipo":
+        return (h - 1 / (2 * o["beta"])) ** 2
+    if name == "simpo":
+        return -np.log(sigmoid(o["beta"] * (c.mean() - r.mean()) - o["margin"]))
+    if name == "orpo":
+        odds = [np.exp(x.mean()) / (1 - np.exp(x.mean())) for x in (c, r)]
+        return -c.mean() - o["beta"] * np.log(sigmoid(np.log(odds[0]) - np.log(odds[1])))
+    raise KeyError(name)
+
+
+def kto_loss(log_ratio: float, desirable: bool, point: float, beta: float, liked: float, disliked: float) -> float:
+    if desirable:
+        return liked * (1 - sigmoid(beta * (log_ratio - point)))
+    return disliked * (1 - sigmoid(beta * (point - log_ratio)))
+
+
+def value_loss(values: Array, old: Array, returns: Array, clip: float | None) -> Array:
+    loss = (values - returns) ** 2
+    if clip is not None:
+        loss = np.maximum(loss, (np.clip(values, old - clip, old + clip) - returns) ** 2)
+    return loss / 2
