@@ -15,7 +15,7 @@ import rollouts
 from rollouts.errors import UserError
 
 # In the order in which a newcomer meets them; each is the module rollouts.cli.<verb> with add_parser() and run().
-VERBS = ("speedrun", "tokenizer", "pretrain", "sft", "data", "export", "serve")
+VERBS = ("speedrun", "tokenizer", "pretrain", "sft", "rl", "data", "export", "serve")
 
 USAGE_ERROR = 2
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rollouts.errors import UserError
+from rollouts.recipes import rl_schema  # noqa: F401  (adds its kind to KINDS)
 from rollouts.recipes.schema import KINDS, CommandLineText, Recipe
 
 
@@ -173,7 +174,8 @@ def describe_error(
     elif problem["type"] == "missing":
         text = f"{prefix}{key} is missing; add it to the recipe or give --{key} VALUE"
     elif problem["type"] == "value_error":
-        text = f"{prefix}{key} {problem['msg'].removeprefix('Value error, ')}" if key else problem["msg"]
+        message = problem["msg"].removeprefix("Value error, ")
+        text = f"{prefix}{key} {message}" if key else message
     else:
         message = problem["msg"][:1].lower() + problem["msg"][1:]
         text = f"{prefix}{key} is {_short(problem['input'])}; {message}"
@@ -187,6 +189,6 @@ def _short(value: Any) -> str:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that loads to an equal recipe; keys without a value are left out."""
-    values = recipe.model_dump(mode="json", exclude_none=True)
+    """The resolved recipe as YAML that loads to an equal recipe; keys without a value are left out if they can be."""
+    values = recipe.model_dump(mode="json", exclude_none=not recipe.keep_nulls)
     return yaml.safe_dump(values, sort_keys=False, width=120)  # ASCII: PyYAML loses some characters otherwise

@@ -35,6 +35,7 @@ FREE_KEYS = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.max_bad_steps",
+    "engine",
     "base.log_every",
     "sft.log_every",
 )

@@ -7,7 +7,7 @@ and defaults, because importing that object would import torch; tests compare th
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
@@ -212,6 +212,8 @@ LoggerName = Literal["jsonl", "console", "wandb", "tensorboard", "trackio"]
 
 class Recipe(Section):
     """What every kind of run has. run_dir: the run's folder (default: runs/<recipe's name> in the current folder)."""
+
+    keep_nulls: ClassVar[bool] = False  # write keys without a value too, where that differs from leaving them out
 
     kind: str
     run_dir: FilePath

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from rollouts.training.algorithms.log_probs import learned_positions, token_log_probs
+from rollouts.training.algorithms.value import scalar_outputs
 from rollouts.training.sft_losses import DeferredLogits, LossFn, accepts_deferred_logits
 
 Logits = torch.Tensor | DeferredLogits
@@ -29,7 +29,4 @@ def log_prob_reader(temperature: float) -> LossFn:
 @accepts_deferred_logits
 def read_values(logits: Logits, labels: torch.Tensor, loss_mask: torch.Tensor, **_: Any) -> torch.Tensor:
     """[N] float32 from a critic, whose only logit is a value: what it expects before each learned token is written."""
-    before = learned_positions(logits, loss_mask) - 1
-    if isinstance(logits, DeferredLogits):
-        return F.linear(logits.hidden.flatten(0, 1)[before], logits.weight, logits.bias)[:, 0].float()
-    return logits.flatten(0, 1)[before, 0].float()
+    return scalar_outputs(logits, learned_positions(logits, loss_mask) - 1)

@@ -1,0 +1,285 @@
+"""From a validated ``rl`` recipe to what the RL loop takes: models, engine, prompts, rollouts and evaluation."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rollouts.errors import UserError
+from rollouts.inference import EmbeddedEngine, SamplingParams
+from rollouts.models import load_hf_model, parse_dtype
+from rollouts.models.critic import make_critic
+from rollouts.models.load import cast_parameters
+from rollouts.recipes.rl_schema import RLRecipe
+from rollouts.recipes.schema import DataSpec
+from rollouts.training.algorithms.advantages import ESTIMATORS
+from rollouts.training.algorithms.policy_losses import POLICY_LOSSES, PolicyLossConfig
+from rollouts.training.algorithms.value import ValueLossConfig, make_value_loss
+from rollouts.training.backends import pytorch_factory as factory
+from rollouts.training.backends.fsdp import FSDPConfig
+from rollouts.training.backends.optimizers import OptimizerConfig
+from rollouts.training.backends.pytorch import PyTorchTrainingBackend
+from rollouts.training.backends.reference import BaseModel, FrozenModel
+from rollouts.training.datasets.data_buffer import DataBuffer
+from rollouts.training.datasets.dataset_loaders import load_rl_prompts
+from rollouts.training.datasets.sources import DatasetSpec
+from rollouts.training.filters import FILTERS
+from rollouts.training.functions import load_function
+from rollouts.training.loops.rl_evaluate import RewardEvaluation
+from rollouts.training.rewards.registry import RewardSpec, load_rewards
+from rollouts.training.rollout_gen import AsyncRolloutManager, EngineGenerate, RolloutConfig
+from rollouts.training.types import RLTrainingConfig, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Functions:
+    """What the recipe names: found before anything large is loaded."""
+
+    reward: list[RewardSpec]
+    filter: Callable[..., Any] | None
+    generate: Callable[..., Any] | None
+    advantage: str | Callable[..., Any]
+    loss: str | Callable[..., Any]
+
+
+def load_functions(recipe: RLRecipe) -> Functions:
+    """Raises UserError for a name that is unknown and a function that cannot be loaded."""
+    rewards = [RewardSpec(r.function, r.weight, r.name, r.options) for r in recipe.reward]
+    load_rewards(rewards)
+    rollout = recipe.rollout
+    return Functions(
+        reward=rewards,
+        filter=load_function(rollout.filter, FILTERS, "filter") if rollout.filter else None,
+        generate=load_function(rollout.generate, None, "generate") if rollout.generate else None,
+        advantage=_named(recipe.advantage.name, list(ESTIMATORS), "advantage"),
+        loss=_named(recipe.loss.name, list(POLICY_LOSSES), "policy loss"),
+    )
+
+
+def _named(spec: str, known: list[str], what: str) -> str | Callable[..., Any]:
+    """A name of the library's own, as it is; or the user's function."""
+    return spec if spec in known else load_function(spec, dict.fromkeys(known, print), what)
+
+
+@dataclass
+class RLRun:
+    """Everything that ``run_rl_training`` takes, of one rank."""
+
+    backend: PyTorchTrainingBackend
+    config: RLTrainingConfig
+    data_buffer: DataBuffer[Sample] | None = None
+    manager: AsyncRolloutManager | None = None
+    engines: list[EmbeddedEngine] = field(default_factory=list)
+    extras: dict[str, Any] = field(default_factory=dict)  # reference, critic, evaluate
+
+    def close(self) -> None:
+        for engine in self.engines:
+            engine.close()
+
+
+def build_run(
+    recipe: RLRecipe,
+    functions: Functions,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sample],
+    validation: Sequence[Sample],
+    device: torch.device,
+    use_fsdp: bool,
+) -> RLRun:
+    """Make the objects, copies of the model before the backend may shard it."""
+    precision = parse_dtype(recipe.model.precision)
+    is_main = not use_fsdp or torch.distributed.get_rank() == 0
+    own_engine_model = use_fsdp or recipe.rollout.max_staleness > 0
+    served = _copy(model, precision) if own_engine_model and is_main else None
+    extras: dict[str, Any] = {}
+    if recipe.needs_reference and recipe.model.lora is None:
+        extras["reference"] = FrozenModel(model, device, precision)
+    if recipe.critic is not None:
+        extras["critic"] = build_critic(recipe, model, device, use_fsdp)
+
+    backend = build_backend(recipe, model, tokenizer, device, use_fsdp)
+    if recipe.needs_reference and recipe.model.lora is not None:
+        extras["reference"] = BaseModel(backend)
+    run = RLRun(backend, build_config(recipe, functions), extras=extras)
+    if is_main:
+        engine = build_engine(recipe, served if served is not None else backend.model, tokenizer)
+        run.engines = [engine]
+        run.data_buffer = DataBuffer(prompts, seed=recipe.seed)
+        generate = EngineGenerate(engine, tokenizer, build_sampling(recipe, functions))
+        run.manager = AsyncRolloutManager(run.data_buffer, build_rollouts(recipe, functions, generate))
+        if recipe.train.eval_every and validation:
+            extras["evaluate"] = build_evaluation(recipe, functions, engine, tokenizer, validation)
+    return run
+
+
+def build_prompts(recipe: RLRecipe, specs: list[DataSpec]) -> list[Sample]:
+    """The prompts of some of the recipe's data. Raises UserError as ``load_rl_prompts``."""
+    sources = [DatasetSpec(**spec.model_dump()) for spec in specs]
+    return load_rl_prompts(sources, on_bad_row=recipe.data.on_bad_row)
+
+
+def build_config(recipe: RLRecipe, functions: Functions) -> RLTrainingConfig:
+    advantage, loss = recipe.advantage, recipe.loss
+    options: dict[str, Any] = advantage.model_dump(exclude={"name"})
+    options["reward_weights"] = tuple(advantage.reward_weights)
+    if callable(functions.advantage):  # a function of the user's own gets the options that it takes
+        options = _accepted(functions.advantage, options)
+    if isinstance(functions.loss, str):
+        keys = loss.model_dump(exclude={"correction", "dual_clip", "max_length"})
+        policy_loss: Any = PolicyLossConfig(
+            **keys, dual_clip=loss.dual_clip or None, max_length=loss.max_length or recipe.rollout.max_tokens
+        )
+    else:
+        policy_loss = functions.loss
+    return RLTrainingConfig(
+        **recipe.train.model_dump(exclude={"max_grad_norm"}),
+        advantage=functions.advantage,
+        advantage_options=options,
+        loss=policy_loss,
+        correction=loss.correction,
+        temperature=recipe.rollout.temperature,
+        max_staleness=recipe.rollout.max_staleness,
+        seed=recipe.seed,
+    )
+
+
+def build_sampling(recipe: RLRecipe, functions: Functions) -> SamplingParams:
+    rollout = recipe.rollout
+    return SamplingParams(
+        max_tokens=rollout.max_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
+        stop=tuple(rollout.stop),
+    )
+
+
+def build_rollouts(recipe: RLRecipe, functions: Functions, generate: EngineGenerate) -> RolloutConfig:
+    rollout = recipe.rollout
+    same = (
+        "batch_size", "n_samples_per_prompt", "over_sampling_factor", "order", "max_staleness", "max_retries",
+        "generate_timeout_s", "reward_timeout_s", "max_dropped_groups",
+    )  # fmt: skip
+    generate_fn: Any = generate
+    if functions.generate is not None:
+        generate_fn = _WithEngine(functions.generate, generate)
+    return RolloutConfig(
+        **{name: getattr(rollout, name) for name in same},
+        generate_fn=generate_fn,
+        reward_fn=functions.reward,  # type: ignore[arg-type]
+        filter_fn=functions.filter,
+        overlap=rollout.max_staleness > 0,
+        seed=recipe.seed,
+    )
+
+
+class _WithEngine:
+    """The user's ``generate(samples, engine=..., tokenizer=..., params=...)``, given those of them that it takes."""
+
+    def __init__(self, function: Callable[..., Any], default: EngineGenerate) -> None:
+        offered = {"engine": default.engine, "tokenizer": default.tokenizer, "params": default.params}
+        self._function, self._offered = function, _accepted(function, offered)
+        self.abort = default.abort
+
+    async def __call__(self, samples: list[Sample], **kwargs: Any) -> list[Sample]:
+        result = self._function(samples, **self._offered, **kwargs)
+        return await result if inspect.isawaitable(result) else result
+
+
+def build_engine(recipe: RLRecipe, model: Any, tokenizer: PreTrainedTokenizerBase) -> EmbeddedEngine:
+    section = recipe.engine
+    return EmbeddedEngine(
+        model,
+        tokenizer,
+        max_rows=section.max_rows,
+        max_length=section.max_length,
+        cache_bytes=int(section.cache_gb * 2**30),
+        seed=recipe.seed,
+    )
+
+
+def build_evaluation(
+    recipe: RLRecipe,
+    functions: Functions,
+    engine: EmbeddedEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sample],
+) -> RewardEvaluation:
+    section = recipe.evaluation
+    params = replace(build_sampling(recipe, functions), temperature=section.temperature)
+    return RewardEvaluation(
+        prompts[: section.max_samples],
+        EngineGenerate(engine, tokenizer, params),
+        functions.reward,
+        n_samples_per_prompt=section.n_samples_per_prompt,
+        seed=recipe.seed,
+    )
+
+
+def build_backend(
+    recipe: RLRecipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device, use_fsdp: bool
+) -> PyTorchTrainingBackend:
+    from rollouts.recipes.build import build_backend as build
+
+    return build(recipe, model, tokenizer, device, optimizer_steps(recipe), use_fsdp)  # type: ignore[arg-type]
+
+
+def optimizer_steps(recipe: RLRecipe) -> int:
+    """Optimizer steps of the whole run, which the learning rate's schedule spans."""
+    train = recipe.train
+    return max(train.num_steps - train.value_steps, 1) * train.mini_batches * train.num_epochs
+
+
+def build_critic(
+    recipe: RLRecipe, policy: PreTrainedModel, device: torch.device, use_fsdp: bool
+) -> PyTorchTrainingBackend:
+    section = recipe.critic
+    assert section is not None
+    start: Any = policy if section.path is None else load_hf_model(section.path, device="cpu", dtype="float32")[0]
+    options: dict[str, Any] = {
+        "checkpoint_dir": Path(recipe.run_dir) / "critic_checkpoints",
+        "precision": recipe.model.precision,
+        "optimizer": OptimizerConfig(lr=section.lr, weight_decay=section.weight_decay),
+        "device": device,
+        "max_grad_norm": section.max_grad_norm,
+        "activation_checkpointing": recipe.model.activation_checkpointing,
+        "loss_fn": make_value_loss(ValueLossConfig(section.clip)),
+    }
+    critic = make_critic(start).to(device)
+    if use_fsdp:
+        config = FSDPConfig(recipe.distributed.sharding, recipe.model.precision == "bfloat16")
+        return factory.create_fsdp_backend(critic, config=config, **options)
+    return factory.create_pytorch_backend(critic, **options)
+
+
+def check_prompts(prompts: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError unless the first prompt can be rendered: a template that fails does so for every prompt."""
+    try:
+        EngineGenerate(None, tokenizer).render(prompts[0])  # type: ignore[arg-type]
+    except Exception as error:
+        raise UserError(f"prompt {prompts[0].id}: the tokenizer's chat template fails on it: {error}") from error
+
+
+def _copy(model: Any, precision: torch.dtype) -> Any:
+    copied = copy.deepcopy(model).requires_grad_(False)
+    cast_parameters(copied, precision)
+    return copied
+
+
+def _accepted(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
+    """Those of the offered keywords that a function takes."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return offered
+    return {name: value for name, value in offered.items() if name in {p.name for p in parameters}}
