@@ -39,6 +39,7 @@ from rollouts.training.checkpoints import (
     write_json,
     write_tensors,
 )
+from rollouts.training.hardware import keep_freed_memory
 from rollouts.training.rng import capture_rng, restore_rng
 from rollouts.training.sft_losses import LossFn, LossOutput, as_loss_output, causal_lm_loss
 from rollouts.training.types import TrainFuture
@@ -87,6 +88,8 @@ class PyTorchTrainingBackend:
     ) -> None:
         self.rank, self.world_size = 0, 1
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.model = model
         self.loss_fn = loss_fn
         self.checkpoint_dir = Path(checkpoint_dir) if checkpoint_dir is not None else None
