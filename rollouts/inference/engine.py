@@ -43,7 +43,7 @@ from rollouts.inference.scheduler import Scheduler
 from rollouts.inference.sequences import LiveSample, PromptScores, Request, Rows
 from rollouts.inference.stop_strings import StopStrings
 from rollouts.inference.wake import Wake, call_now, current_wake
-from rollouts.inference.weights import weights_checksum
+from rollouts.inference.weights import weights_checksum, weights_digests
 from rollouts.training.types import TrainFuture
 
 if TYPE_CHECKING:
@@ -273,6 +273,11 @@ class EmbeddedEngine:
         """SHA-256 over the names, shapes and bytes of the served parameters, taken between two steps."""
         with self.paused():
             return weights_checksum(self.model)
+
+    def weights_digests(self) -> dict[str, str]:
+        """SHA-256 of each served parameter's bytes, taken between two steps."""
+        with self.paused():
+            return weights_digests(self.model)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -54,3 +54,11 @@ def weights_checksum(model: nn.Module) -> str:
         digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def weights_digests(model: nn.Module) -> dict[str, str]:
+    """SHA-256 (hex) of the bytes of each parameter, by name; tied ones are there once."""
+    return {
+        name: hashlib.sha256(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+        for name, p in model.named_parameters()
+    }

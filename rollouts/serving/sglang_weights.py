@@ -104,8 +104,9 @@ def add_weight_routes(app: FastAPI, models: Mapping[str, ServedModel], settings:
     async def check_weights(request: Request) -> Response:
         served = find_model(models, (await read_request(request, WeightsCheckRequest, settings)).model)
         checksum = await anyio.to_thread.run_sync(served.engine.weights_checksum)
-        message = "SHA-256 over names, dtypes, shapes and bytes of the parameters"
-        return done(served, message, checksum=checksum, per_engine_checksum=checksum)
+        ranks = [{"checksums": await anyio.to_thread.run_sync(served.engine.weights_digests)}]
+        message = "SHA-256 over names, dtypes, shapes and bytes of the parameters; of each one's bytes in ranks"
+        return done(served, message, checksum=checksum, per_engine_checksum=checksum, ranks=ranks)
 
 
 async def _change(served: ServedModel, change: Callable[[], object], message: str = "", **more: Any) -> Response:
