@@ -1,4 +1,4 @@
-"""GRPO and PPO losses under their plain names, for padded rows or packed ones, made of ``rollouts.training.algorithms``.
+"""GRPO and PPO losses under their plain names, for padded or packed rows, made of ``rollouts.training.algorithms``.
 
 Shapes: B rows, P positions, N learned tokens, S samples, V vocabulary.
 """
