@@ -4,7 +4,7 @@
 //   turn:         id, user (text), replies: one for each model that was asked
 //   reply:        model, current, versions: one for each time it was generated
 //   version:      steps, error, stopped
-//   step:         content, calls [{id, name, arguments, result}], tokens [{text, logprob, top}] or null, finish, usage
+//   step:         content, reasoning, calls [{id, name, arguments, result}], tokens [{text, logprob, top}] or null, finish, usage
 //
 // A version has more than one step when the model called tools and went on with their results.
 
@@ -35,7 +35,7 @@ export function newConversation(models, like = null) {
 }
 
 export const newVersion = () => ({ steps: [newStep()], error: null, stopped: false });
-export const newStep = () => ({ content: "", calls: [], tokens: null, finish: null, usage: null });
+export const newStep = () => ({ content: "", reasoning: "", calls: [], tokens: null, finish: null, usage: null });
 export const currentVersion = (reply) => reply.versions[reply.current];
 
 export function titleOf(conversation) {
@@ -70,14 +70,15 @@ export function messagesFor(conversation, turnIndex, model, version = null) {
 
 function stepMessages(steps) {
   return steps.flatMap((step) => {
-    if (!step.calls.length) return step.content ? [{ role: "assistant", content: step.content }] : [];
+    const thought = step.reasoning ? { reasoning_content: step.reasoning } : {};
+    if (!step.calls.length) return step.content || step.reasoning ? [{ role: "assistant", content: step.content, ...thought }] : [];
     const tool_calls = step.calls.map((call) => ({
       id: call.id,
       type: "function",
       function: { name: call.name, arguments: call.arguments },
     }));
     const results = step.calls.map((call) => ({ role: "tool", tool_call_id: call.id, content: call.result ?? "" }));
-    return [{ role: "assistant", content: step.content, tool_calls }, ...results];
+    return [{ role: "assistant", content: step.content, ...thought, tool_calls }, ...results];
   });
 }
 
@@ -142,7 +143,7 @@ function turnsOf(messagesByModel) {
         const { steps } = turns[index].replies.at(-1).versions[0];
         if (message?.role === "assistant") {
           const calls = list(message.tool_calls).map((call) => ({ id: call?.id, ...object(call?.function) }));
-          steps.push({ content: text(message.content), calls });
+          steps.push({ content: text(message.content), reasoning: text(message.reasoning_content), calls });
         } else if (message?.role === "tool" && steps.length) {
           const call = steps.at(-1).calls.find((one) => one.id === message.tool_call_id);
           if (call) call.result = text(message.content);
@@ -183,6 +184,7 @@ function normalizeReply(reply) {
   const versions = list(reply?.versions).map((version) => {
     const steps = list(version?.steps).map((step) => ({
       content: text(step?.content),
+      reasoning: text(step?.reasoning),
       calls: list(step?.calls).map((call) => ({
         id: text(call?.id),
         name: text(call?.name),

@@ -51,6 +51,7 @@ function take(step, chunk) {
   const choice = chunk.choices?.[0];
   if (!choice) return;
   step.content += choice.delta?.content ?? "";
+  step.reasoning += choice.delta?.reasoning_content ?? "";
   for (const call of choice.delta?.tool_calls ?? []) {
     const index = call.index ?? step.calls.length;
     step.calls[index] ??= { id: "", name: "", arguments: "", result: null };

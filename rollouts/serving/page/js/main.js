@@ -112,6 +112,7 @@ function servedOf(names) {
 function keep() {
   if (!current.turns.length) return;
   if (!conversations.includes(current)) conversations.unshift(current);
+  preference("last", current.id);
   save(current).catch(() => toast("The browser does not keep conversations here"));
 }
 

@@ -40,7 +40,7 @@ export function replyView(reply, { named, actions }) {
     if (step.tokens && !asText.has(version)) {
       parts.push(tokenView(step.tokens));
     } else {
-      const { thought, rest, thinking } = splitThought(step.content);
+      const { thought, rest, thinking } = splitThought(step);
       if (thought) parts.push(fold("thought", thinking && live ? "Thinking …" : "Thoughts", renderMarkdown(thought)));
       if (rest.trim()) parts.push(withCopyButtons(renderMarkdown(rest)));
     }
@@ -102,8 +102,9 @@ function brief(text) {
   return line.length > 80 ? `${line.slice(0, 79)}…` : line;
 }
 
-/** What a model wrote between <think> and </think>, and the rest. */
-function splitThought(content) {
+/** What a model thought, told apart by the server or still between <think> and </think>, and the rest. */
+function splitThought({ content, reasoning }) {
+  if (reasoning) return { thought: reasoning, rest: content, thinking: !content };
   const match = /^\s*<think>([\s\S]*?)(<\/think>|$)/.exec(content);
   if (!match) return { thought: "", rest: content, thinking: false };
   return { thought: match[1].trim(), rest: content.slice(match[0].length), thinking: !match[2] };
