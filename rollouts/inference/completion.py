@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -69,3 +70,24 @@ class CompletionChunk:
     completion: Completion | None = None
     top_log_probs: list[list[tuple[int, float]]] | None = None
     weight_version: int | None = None
+
+
+def take_chunks(queue: deque[CompletionChunk]) -> list[CompletionChunk]:
+    """All chunks, a sample's tokens in one: whoever falls behind the engine has no more work for that."""
+    merged: dict[tuple[int, int | None], CompletionChunk] = {}
+    finals = []
+    while queue:
+        chunk = queue.popleft()
+        if chunk.completion is not None:
+            finals.append(chunk)
+            continue
+        before = merged.get((chunk.sample_index, chunk.weight_version))
+        if before is None:
+            merged[chunk.sample_index, chunk.weight_version] = chunk
+            continue
+        before.token_ids.extend(chunk.token_ids)
+        before.log_probs.extend(chunk.log_probs)
+        before.raw_log_probs.extend(chunk.raw_log_probs)
+        if before.top_log_probs is not None and chunk.top_log_probs is not None:
+            before.top_log_probs.extend(chunk.top_log_probs)
+    return [*merged.values(), *finals]

@@ -30,7 +30,7 @@ from torch import nn
 
 from rollouts.errors import UserError
 from rollouts.inference.adapters import base_of
-from rollouts.inference.completion import Completion, CompletionChunk
+from rollouts.inference.completion import Completion, CompletionChunk, take_chunks
 from rollouts.inference.engine_thread import EngineThread, WeightUpdate
 from rollouts.inference.grammars import Grammars
 from rollouts.inference.kv_cache import PAGE_SIZE, KVCache
@@ -199,8 +199,8 @@ class EmbeddedEngine:
                 await event.wait()
                 event = anyio.Event()  # before the chunks are taken: whoever adds one later sets the new event
                 done = request.done
-                while request.chunks:
-                    yield request.chunks.popleft()
+                for chunk in take_chunks(request.chunks):
+                    yield chunk
                 if done:
                     _results(request)
                     return

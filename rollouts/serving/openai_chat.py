@@ -128,7 +128,7 @@ class _Choice:
 
     def __init__(self, served: ServedModel, request: ChatRequest, prepared: Prepared) -> None:
         self._text = TextStream(
-            served.tokenizer, prepared.job.params.stop, skip_special=request.skip_special_tokens is not False
+            served.token_names, prepared.job.params.stop, skip_special=request.skip_special_tokens is not False
         )
         self._reader = MessageReader(prepared.form)
         self.num_calls = 0

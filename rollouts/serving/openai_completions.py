@@ -135,7 +135,7 @@ async def events(
     head = _head(served)
     tail: dict[str, Any] = {"usage": None} if request.include_usage else {}
     skip_special = request.skip_special_tokens is not False
-    texts = [TextStream(served.tokenizer, job.params.stop, skip_special=skip_special) for _ in range(job.params.n)]
+    texts = [TextStream(served.token_names, job.params.stop, skip_special=skip_special) for _ in range(job.params.n)]
     echoes = [_prompt_text(served, request, job) if request.echo else ""] * job.params.n
     positions = [len(echo) for echo in echoes]
     finals: list[Completion] = []

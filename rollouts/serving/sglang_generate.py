@@ -166,7 +166,8 @@ async def events(
     job, sampling = prepared.jobs[0], prepared.sampling[0]
     skip_special, trim = sampling.skip_special_tokens is not False, not sampling.no_stop_trim
     streams = [
-        TextStream(served.tokenizer, job.params.stop, skip_special=skip_special, trim=trim) for _ in range(job.params.n)
+        TextStream(served.token_names, job.params.stop, skip_special=skip_special, trim=trim)
+        for _ in range(job.params.n)
     ]
     texts, ids = [""] * job.params.n, [list[int]() for _ in range(job.params.n)]
     log_probs = [list[list[Any]]() for _ in range(job.params.n)]

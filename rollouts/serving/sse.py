@@ -9,7 +9,6 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 import anyio
-import anyio.lowlevel
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
@@ -22,8 +21,11 @@ DONE = "data: [DONE]\n\n"
 logger = logging.getLogger(__name__)
 
 
+_to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
 def event(value: Any) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"
+    return f"data: {_to_json(value)}\n\n"
 
 
 def event_stream(events: AsyncIterator[Any]) -> StreamingResponse:
@@ -37,8 +39,6 @@ def event_stream(events: AsyncIterator[Any]) -> StreamingResponse:
             async with aclosing(events) as values:  # type: ignore[type-var]
                 async for value in values:
                     yield event(value)
-                    # Values may be there faster than they are sent; others' requests must have their turn meanwhile.
-                    await anyio.lowlevel.checkpoint()
         except (RequestError, UserError, RuntimeError) as error:
             yield event(error_body(as_request_error(error)))
         yield DONE

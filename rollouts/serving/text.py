@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -38,11 +39,11 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), *, skip_special: bool = True,
-        trim: bool = True,
+        self, names: TokenNames, stops: Sequence[str] = (), *, skip_special: bool = True, trim: bool = True
     ) -> None:  # fmt: skip
-        self._tokenizer, self._stops = tokenizer, stops if trim else ()
+        self._names, self._stops = names, stops if trim else ()
         self._skip_special, self._trim = skip_special, trim
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if names.are_bytes else None
         self._context: list[int] = []  # tokens already in the text: some tokenizers decode a token by its neighbors
         self._pending: list[int] = []
         self._held = ""
@@ -50,12 +51,12 @@ class TextStream:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that is certain now."""
-        self._pending += token_ids
-        before = decode(self._tokenizer, self._context, self._skip_special)
-        text = decode(self._tokenizer, self._context + self._pending, self._skip_special)[len(before) :]
-        if text.endswith(UNFINISHED) and len(self._pending) < MAX_PENDING:
+        if self._utf8 is None:
+            text = self._decode(token_ids)
+        else:
+            text = self._utf8.decode(self._names.all_bytes(token_ids, self._skip_special))
+        if not text:
             return ""
-        self._context, self._pending = self._pending, []
         text = self._held + text
         hold = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - hold :]
@@ -64,8 +65,19 @@ class TextStream:
 
     def finish(self, completion: Completion) -> str:
         """The rest of the finished sample's text."""
-        text = completion_text(self._tokenizer, completion, skip_special=self._skip_special, trim=self._trim)
+        tokenizer = self._names.tokenizer
+        text = completion_text(tokenizer, completion, skip_special=self._skip_special, trim=self._trim)
         return text[self._given :]
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        """The text of these tokens after those before, by the tokenizer itself."""
+        self._pending += token_ids
+        before = decode(self._names.tokenizer, self._context, self._skip_special)
+        text = decode(self._names.tokenizer, self._context + self._pending, self._skip_special)[len(before) :]
+        if text.endswith(UNFINISHED) and len(self._pending) < MAX_PENDING:
+            return ""
+        self._context, self._pending = self._pending, []
+        return text
 
 
 def overlap(text: str, tag: str) -> int:
@@ -81,22 +93,38 @@ def overlap(text: str, tag: str) -> int:
 
 
 class TokenNames:
-    """Token ids as the text and bytes that log-prob reports show."""
+    """Token ids as the text and bytes that clients are shown."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._byte_level = "Ġ" in tokenizer.get_vocab()
-        self._bytes = _byte_alphabet()
+        self._alphabet = _byte_alphabet()
+        self._special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._known: dict[int, bytes] = {}
+        decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+        #: A text is its tokens' bytes one after the other, whatever stands beside what.
+        self.are_bytes = self._byte_level and type(decoder).__name__ == "ByteLevel"
 
     def text(self, token_id: int) -> str:
-        return decode(self._tokenizer, [token_id], skip_special=False)
+        return decode(self.tokenizer, [token_id], skip_special=False)
 
     def utf8(self, token_id: int) -> list[int]:
         """The token's bytes, which need not be whole characters."""
-        token = self._tokenizer.convert_ids_to_tokens(token_id)
-        if self._byte_level and isinstance(token, str) and all(char in self._bytes for char in token):
-            return [self._bytes[char] for char in token]
-        return list(self.text(token_id).encode())
+        return list(self._bytes(token_id))
+
+    def all_bytes(self, token_ids: Sequence[int], skip_special: bool) -> bytes:
+        return b"".join(self._bytes(i) for i in token_ids if not (skip_special and i in self._special))
+
+    def _bytes(self, token_id: int) -> bytes:
+        known = self._known.get(token_id)
+        if known is None:
+            token = self.tokenizer.convert_ids_to_tokens(token_id)
+            if self._byte_level and isinstance(token, str) and all(char in self._alphabet for char in token):
+                known = bytes(self._alphabet[char] for char in token)
+            else:
+                known = self.text(token_id).encode()
+            self._known[token_id] = known
+        return known
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -27,9 +27,16 @@ def examples(tiny_tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     return [tiny_tokenizer.encode(text) for text in texts] + noise
 
 
-def test_pieces_join_to_the_whole(tiny_tokenizer: PreTrainedTokenizerFast, examples: list[list[int]]) -> None:
+@pytest.mark.parametrize("by_bytes", [True, False])
+def test_pieces_join_to_the_whole(
+    tiny_tokenizer: PreTrainedTokenizerFast, examples: list[list[int]], by_bytes: bool
+) -> None:
+    """By the bytes of tokens, and by the tokenizer itself, which other kinds of vocabularies need."""
+    names = TokenNames(tiny_tokenizer)
+    assert names.are_bytes
+    names.are_bytes = by_bytes
     for ids in examples:
-        stream = TextStream(tiny_tokenizer, ["zz", "b  cd"])
+        stream = TextStream(names, ["zz", "b  cd"])
         pieces = [stream.push([token]) for token in ids]
         whole = Completion(ids, [0.0] * len(ids), [0.0] * len(ids), StopReason.LENGTH)
         assert "".join(pieces) + stream.finish(whole) == tiny_tokenizer.decode(ids, skip_special_tokens=True)
@@ -43,7 +50,7 @@ def test_stop_strings_and_tokens_are_left_out(tiny_tokenizer: PreTrainedTokenize
     assert completion_text(tiny_tokenizer, by_string, trim=False) == "Anna sees the end here"
     by_token = Completion(ids, zeros, zeros, StopReason.STOP_TOKEN, ids[-1])
     assert completion_text(tiny_tokenizer, by_token) == tiny_tokenizer.decode(ids[:-1])
-    stream = TextStream(tiny_tokenizer, ["end"])
+    stream = TextStream(TokenNames(tiny_tokenizer), ["end"])
     pieces = [stream.push([token]) for token in ids]
     assert not any("e" in piece[-1:] and "the e" in "".join(pieces[: i + 1]) for i, piece in enumerate(pieces))
 

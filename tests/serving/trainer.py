@@ -15,14 +15,13 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
 
 GROUP = "trainer_to_servers"
 
 
 def main(port: str, folder: str, *rounds: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = load_file(f"{folder}/model.safetensors")
     half = len(weights) // 2
     print("ready", flush=True)
     minute = datetime.timedelta(seconds=60)
