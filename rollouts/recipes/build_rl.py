@@ -20,6 +20,7 @@ from rollouts.recipes.rl_schema import RLRecipe
 from rollouts.recipes.schema import DataSpec
 from rollouts.training.algorithms.advantages import ESTIMATORS
 from rollouts.training.algorithms.policy_losses import POLICY_LOSSES, PolicyLossConfig
+from rollouts.training.algorithms.reward_model import make_prime_loss
 from rollouts.training.algorithms.value import ValueLossConfig, make_value_loss
 from rollouts.training.backends import pytorch_factory as factory
 from rollouts.training.backends.fsdp import FSDPConfig
@@ -32,8 +33,10 @@ from rollouts.training.datasets.sources import DatasetSpec
 from rollouts.training.filters import FILTERS
 from rollouts.training.functions import load_function
 from rollouts.training.loops.rl_evaluate import RewardEvaluation
+from rollouts.training.loops.rl_step import ProcessRewards
 from rollouts.training.rewards.registry import RewardSpec, load_rewards
 from rollouts.training.rollout_gen import AsyncRolloutManager, EngineGenerate, RolloutConfig
+from rollouts.training.rollout_gen.greedy import GreedyBaselines
 from rollouts.training.types import RLTrainingConfig, Sample
 
 if TYPE_CHECKING:
@@ -77,7 +80,7 @@ class RLRun:
     backend: PyTorchTrainingBackend
     config: RLTrainingConfig
     data_buffer: DataBuffer[Sample] | None = None
-    manager: AsyncRolloutManager | None = None
+    manager: AsyncRolloutManager | GreedyBaselines | None = None
     engines: list[EmbeddedEngine] = field(default_factory=list)
     extras: dict[str, Any] = field(default_factory=dict)  # reference, critic, evaluate
 
@@ -107,6 +110,9 @@ def build_run(
     if recipe.critic is not None:
         extras["critic"] = build_critic(recipe, model, device, use_fsdp)
 
+    if recipe.process_reward is not None:
+        extras["process"] = build_process_rewards(recipe, model, tokenizer, device, use_fsdp)
+
     backend = build_backend(recipe, model, tokenizer, device, use_fsdp)
     if recipe.needs_reference and recipe.model.lora is not None:
         extras["reference"] = BaseModel(backend)
@@ -117,6 +123,9 @@ def build_run(
         run.data_buffer = DataBuffer(prompts, seed=recipe.seed)
         generate = EngineGenerate(engine, tokenizer, build_sampling(recipe, functions))
         run.manager = AsyncRolloutManager(run.data_buffer, build_rollouts(recipe, functions, generate))
+        if recipe.advantage.name == "remax":
+            greedy = EngineGenerate(engine, tokenizer, replace(generate.params, temperature=0.0))
+            run.manager = GreedyBaselines(run.manager, greedy, functions.reward)
         if recipe.train.eval_every and validation:
             extras["evaluate"] = build_evaluation(recipe, functions, engine, tokenizer, validation)
     return run
@@ -247,20 +256,48 @@ def build_critic(
     section = recipe.critic
     assert section is not None
     start: Any = policy if section.path is None else load_hf_model(section.path, device="cpu", dtype="float32")[0]
-    options: dict[str, Any] = {
-        "checkpoint_dir": Path(recipe.run_dir) / "critic_checkpoints",
-        "precision": recipe.model.precision,
+    options = {
         "optimizer": OptimizerConfig(lr=section.lr, weight_decay=section.weight_decay),
-        "device": device,
         "max_grad_norm": section.max_grad_norm,
-        "activation_checkpointing": recipe.model.activation_checkpointing,
         "loss_fn": make_value_loss(ValueLossConfig(section.clip)),
     }
-    critic = make_critic(start).to(device)
+    return build_companion(recipe, "critic", make_critic(start), device, use_fsdp, options)
+
+
+def build_process_rewards(
+    recipe: RLRecipe, policy: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device, use_fsdp: bool
+) -> ProcessRewards:
+    section = recipe.process_reward
+    assert section is not None
+    model: Any = copy.deepcopy(policy) if section.path is None else load_hf_model(section.path, "cpu", "float32")[0]
+    model = model.merge_and_unload() if hasattr(model, "peft_config") else model
+    model.requires_grad_(True)
+    reference = FrozenModel(model, device, parse_dtype(recipe.model.precision))
+    options = {
+        "tokenizer": tokenizer,
+        "optimizer": OptimizerConfig(lr=section.lr),
+        "max_grad_norm": section.max_grad_norm,
+        "loss_fn": make_prime_loss(section.beta),
+    }
+    backend = build_companion(recipe, "process_reward", model, device, use_fsdp, options)
+    return ProcessRewards(backend, reference, section.beta)
+
+
+def build_companion(
+    recipe: RLRecipe, name: str, model: PreTrainedModel, device: torch.device, use_fsdp: bool, options: dict[str, Any]
+) -> PyTorchTrainingBackend:
+    """The backend of a model that learns beside the policy, with checkpoints of its own."""
+    options = {
+        "checkpoint_dir": Path(recipe.run_dir) / f"{name}_checkpoints",
+        "precision": recipe.model.precision,
+        "device": device,
+        "activation_checkpointing": recipe.model.activation_checkpointing,
+        **options,
+    }
     if use_fsdp:
         config = FSDPConfig(recipe.distributed.sharding, recipe.model.precision == "bfloat16")
-        return factory.create_fsdp_backend(critic, config=config, **options)
-    return factory.create_pytorch_backend(critic, **options)
+        return factory.create_fsdp_backend(model.to(device), config=config, **options)  # type: ignore[arg-type]
+    return factory.create_pytorch_backend(model.to(device), **options)  # type: ignore[arg-type]
 
 
 def check_prompts(prompts: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> None:

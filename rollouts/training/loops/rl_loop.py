@@ -10,6 +10,7 @@ Versions: the weights before step i + 1 are version i, for the trainer, the engi
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -25,7 +26,14 @@ from rollouts.training.checkpoints import require_same
 from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.loops.rl_batches import compute_reward, group_samples, is_learnable
 from rollouts.training.loops.rl_metrics import RolloutLog, Stopwatch, describe_rollouts
-from rollouts.training.loops.rl_step import LogProbSource, RLModels, learn_from_rollouts, perform, policy_loss
+from rollouts.training.loops.rl_step import (
+    LogProbSource,
+    ProcessRewards,
+    RLModels,
+    learn_from_rollouts,
+    perform,
+    policy_loss,
+)
 from rollouts.training.metrics import ConsoleLogger, MetricsLogger
 from rollouts.training.rewards.runner import RewardRunner
 from rollouts.training.rollout_gen.ledger import copy_sample
@@ -45,6 +53,7 @@ async def run_rl_training(
     *,
     reference: LogProbSource | None = None,
     critic: PyTorchTrainingBackend | None = None,
+    process: ProcessRewards | None = None,
     reward_fn: Any = None,
     evaluate: Evaluate | None = None,
     rollout_log: RolloutLog | None = None,
@@ -62,8 +71,9 @@ async def run_rl_training(
         inference_engines: get the new weights every ``config.sync_every`` steps. An engine that was made over the
             backend's own model reads them where they lie.
         metrics_logger: gets every step's metrics on rank 0; None prints lines.
-        reference: the policy that KL is measured against; see ``make_reference``.
-        critic: a backend over ``make_critic``; its values are what ``gae`` needs.
+        reference: the policy that KL is measured against: a ``FrozenModel``, or ``BaseModel`` beneath an adapter.
+        critic: a backend over ``make_critic`` with ``make_value_loss``; its values are what ``gae`` needs.
+        process: the model behind the token rewards that ``prime`` needs.
         reward_fn: judges samples that come without a reward; None takes ``metadata["correct"]`` where it is there.
         evaluate: ``await evaluate(step)`` gives metrics, every ``config.eval_every`` steps and at the end.
         rollout_log: gets every consumed sample.
@@ -77,7 +87,7 @@ async def run_rl_training(
         FloatingPointError: ``max_bad_steps`` gradients in a row were not finite.
     """
     _check(backend, data_buffer, rollout_manager, inference_engines, config)
-    models = _prepare_models(backend, reference, critic, config)
+    models = _prepare_models(backend, reference, critic, process, config)
     logger = metrics_logger or ConsoleLogger(config.num_steps, config.log_every, title="RL")
     watch = Stopwatch()
     step, history = 0, []
@@ -230,14 +240,14 @@ def shares_model(engine: InferenceEngine, backend: PyTorchTrainingBackend) -> bo
 async def commit(
     models: RLModels, source: RolloutSource | None, step: int, metrics: dict[str, Any], config: RLTrainingConfig
 ) -> None:
-    """Make a step of policy, critic and rollouts the one that a killed run resumes from.
+    """Make a step of policy, companions and rollouts the one that a killed run resumes from.
 
-    The policy's checkpoint is the commit: it holds where the rollouts stand, and the critic's step is on disk before.
+    The policy's checkpoint is the commit: it tells where the rollouts stand, and the companions' step is there before.
     """
     if models.policy.checkpoint_dir is None:
         return
-    if models.critic is not None:
-        await perform(lambda: models.critic.save_checkpoint(step), config)  # type: ignore[union-attr]
+    for companion in models.companions:
+        await perform(functools.partial(companion.save_checkpoint, step), config)
     state = {
         "step": step,
         "metrics": metrics,
@@ -256,10 +266,10 @@ async def resume_step(
         return None
     state = await models.policy.load_checkpoint(checkpoint)
     require_same(state["settings"], _settings(config), checkpoint)
-    if models.critic is not None:
-        assert models.critic.checkpoint_dir is not None
-        models.critic.find_checkpoint()  # sweeps what a killed run left
-        await models.critic.load_checkpoint(models.critic.checkpoint_dir / checkpoint.name)
+    for companion in models.companions:
+        assert companion.checkpoint_dir is not None, "a policy with checkpoints has companions with checkpoints"
+        companion.find_checkpoint()  # sweeps what a killed run left
+        await companion.load_checkpoint(companion.checkpoint_dir / checkpoint.name)
     if source is not None:
         source.load_state_dict(state["rollouts"])
     return state
@@ -306,12 +316,13 @@ def _check(
             "max_staleness is above 0, so an engine samples while the weights change, but it shares the trainer's "
             "model; give it a copy of its own"
         )
-    if isinstance(source, AsyncRolloutManager):
-        if data_buffer is not None and source.data_buffer is not data_buffer:
+    manager = getattr(source, "manager", source)
+    if isinstance(manager, AsyncRolloutManager):
+        if data_buffer is not None and manager.data_buffer is not data_buffer:
             raise UserError("the rollout manager deals from another data buffer than the one given; give the same")
-        if source.config.max_staleness != config.max_staleness:
+        if manager.config.max_staleness != config.max_staleness:
             raise UserError(
-                f"max_staleness is {config.max_staleness} for the trainer and {source.config.max_staleness} for the "
+                f"max_staleness is {config.max_staleness} for the trainer and {manager.config.max_staleness} for the "
                 "rollouts; set both to the same"
             )
 
@@ -320,16 +331,20 @@ def _prepare_models(
     policy: PyTorchTrainingBackend,
     reference: LogProbSource | None,
     critic: PyTorchTrainingBackend | None,
+    process: ProcessRewards | None,
     config: RLTrainingConfig,
 ) -> RLModels:
     loss = policy_loss(config, policy)
     policy.loss_fn = make_policy_loss(loss) if isinstance(loss, PolicyLossConfig) else loss
     policy.max_bad_steps, policy.keep_checkpoints = config.max_bad_steps, config.keep_checkpoints
-    if critic is not None:
-        critic.max_bad_steps = config.max_bad_steps
+    models = RLModels(policy, loss, reference, critic, process)
+    for companion in models.companions:
+        companion.max_bad_steps = config.max_bad_steps
         # One more than the policy's: it commits first, and its step before must still be there until the policy has.
-        critic.keep_checkpoints = config.keep_checkpoints + 1 if config.keep_checkpoints else 0
-    return RLModels(policy, loss, reference, critic)
+        companion.keep_checkpoints = config.keep_checkpoints + 1 if config.keep_checkpoints else 0
+        if policy.checkpoint_dir is not None and companion.checkpoint_dir is None:
+            raise UserError("the policy has a checkpoint_dir, but its critic or process model has none; give it one")
+    return models
 
 
 @contextlib.asynccontextmanager

@@ -43,6 +43,21 @@ class LogProbSource(Protocol):
 
 
 @dataclass(frozen=True)
+class ProcessRewards:
+    """PRIME's implicit process reward model: its log-ratio to where it started is the reward of a token.
+
+    Args:
+        backend: the model, which learns from outcomes; its loss is ``make_prime_loss(beta)``.
+        reference: the same model, frozen at its start.
+        beta: scale of the log-ratio.
+    """
+
+    backend: PyTorchTrainingBackend
+    reference: LogProbSource
+    beta: float = 0.05
+
+
+@dataclass(frozen=True)
 class RLModels:
     """The models that take part in a step.
 
@@ -51,12 +66,19 @@ class RLModels:
         loss: what that was made of, or the function itself if it is the user's own.
         reference: its log-probs bound how far the policy moves; None = no reference.
         critic: learns values (PPO); None = advantages need none.
+        process: learns rewards of tokens (PRIME); None = outcomes are all there is.
     """
 
     policy: PyTorchTrainingBackend
     loss: PolicyLossConfig | LossFn
     reference: LogProbSource | None = None
     critic: PyTorchTrainingBackend | None = None
+    process: ProcessRewards | None = None
+
+    @property
+    def companions(self) -> list[PyTorchTrainingBackend]:
+        """The models that learn beside the policy."""
+        return [m for m in (self.critic, self.process.backend if self.process else None) if m is not None]
 
 
 async def learn_from_rollouts(
@@ -69,6 +91,7 @@ async def learn_from_rollouts(
     if not samples:
         return {"optimizer_steps": 0}
     columns: dict[str, Sequence[np.ndarray]] = {}
+    metrics: dict[str, float] = {}
     with watch.phase("log_probs"):
         if needs_old_log_probs(config, models.loss):
             columns["old_log_probs"] = await read_log_probs(models.policy, models.policy, samples, config)
@@ -78,6 +101,9 @@ async def learn_from_rollouts(
             columns["ref_log_probs"] = await read_log_probs(models.reference, models.policy, samples, config)
         if models.critic is not None:
             columns["values"] = await read_per_token(models.critic.compute_values, models.policy, samples, config)
+        if models.process is not None:
+            columns["process_rewards"], judged = await learn_process_rewards(models.process, samples, config)
+            metrics |= judged
 
     estimated = estimate_advantages(samples, columns, config)
     set_advantages(samples, _split(estimated.advantages.numpy(), samples))
@@ -100,7 +126,7 @@ async def learn_from_rollouts(
                     models.policy.world_size,
                 )
                 updates.append(await update(models, batches, config, step))
-    return {**estimated.metrics, **_average(updates), "optimizer_steps": len(updates)}
+    return {**metrics, **estimated.metrics, **_average(updates), "optimizer_steps": len(updates)}
 
 
 def prepare_grpo_batch(
@@ -132,6 +158,32 @@ async def update(models: RLModels, batches: list[Batch], config: RLTrainingConfi
         updated = await perform(lambda: policy.optim_step(lr=config.learning_rate), config)
         metrics |= learned | {name: value for name, value in updated.items() if name != "step"}
     return metrics
+
+
+async def learn_process_rewards(
+    process: ProcessRewards, samples: Sequence[Sample], config: RLTrainingConfig
+) -> tuple[Arrays, dict[str, float]]:
+    """Rewards [n_i] of each sample's tokens, by the model as it is; then one optimizer step of it on the outcomes."""
+    plain = replace(config, temperature=1.0)
+    now = await read_log_probs(process.backend, process.backend, samples, plain)
+    start = await read_log_probs(process.reference, process.backend, samples, plain)
+    rewards = [process.beta * (a - b) for a, b in zip(now, start, strict=True)]
+    batches, members = collate_rl_step(
+        samples,
+        range(len(samples)),
+        config.max_tokens_per_micro_batch,
+        {"ref_log_probs": start},
+        process.backend.rank,
+        process.backend.world_size,
+    )
+    outcomes = [min(max(float(s.reward or 0.0), 0.0), 1.0) for s in samples]
+    judged = [
+        {**batch, "correct": torch.tensor([outcomes[i] for i in indices], dtype=torch.float32)}
+        for batch, indices in zip(batches, members, strict=True)
+    ]
+    learned = await perform(lambda: process.backend.forward_backward(judged), config)
+    updated = await perform(process.backend.optim_step, config)
+    return rewards, {f"process/{name}": value for name, value in {**learned, **updated}.items() if name != "step"}
 
 
 async def perform(operation: Callable[[], TrainFuture[T]], config: RLTrainingConfig) -> T:
