@@ -6,8 +6,10 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from rollouts.recipes.build_preference import build_pair_config, build_pairs
+from rollouts.recipes.preference_schema import DPORecipe, RewardModelRecipe
 from rollouts.recipes.schema import DataSpec, PretrainTrain, TrainingRecipe
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
     from rollouts.training.datasets.dataset_loaders import SampleDataset
+    from rollouts.training.datasets.preferences import PreferenceDataset
     from rollouts.training.metrics import MetricsLogger
     from rollouts.training.types import SFTTrainingConfig
 
@@ -38,7 +41,10 @@ def build_model(recipe: TrainingRecipe, device: torch.device) -> tuple[PreTraine
         count = sum(p.numel() for p in model.parameters())
         log.info("new %s model: %s parameters", config.architecture, f"{count:,}")
     else:
-        model, tokenizer = models.load_hf_model(section.path, device="cpu", dtype="float32")
+        if recipe.kind == "reward-model":
+            model, tokenizer = models.load_reward_model(section.path, "cpu", "float32", recipe.seed)
+        else:
+            model, tokenizer = models.load_hf_model(section.path, device="cpu", dtype="float32")
         if section.tokenizer is not None:
             tokenizer = models.load_tokenizer(section.tokenizer)
     if section.lora is not None:
@@ -50,12 +56,16 @@ def build_model(recipe: TrainingRecipe, device: torch.device) -> tuple[PreTraine
     return model.to(device), tokenizer
 
 
-def build_samples(recipe: TrainingRecipe, specs: list[DataSpec], tokenizer: PreTrainedTokenizerBase) -> SampleDataset:
-    """The samples of some of the recipe's data.
+def build_samples(
+    recipe: TrainingRecipe, specs: list[DataSpec], tokenizer: PreTrainedTokenizerBase
+) -> SampleDataset | PreferenceDataset:
+    """What some of the recipe's data holds: samples, or pairs for the kinds that learn preferences.
 
     Raises:
-        UserError: see ``load_sft_dataset``.
+        UserError: see ``load_sft_dataset`` and ``load_preference_dataset``.
     """
+    if isinstance(recipe, DPORecipe | RewardModelRecipe):
+        return build_pairs(recipe, specs, tokenizer)
     from rollouts.training.datasets.dataset_loaders import load_sft_dataset
     from rollouts.training.datasets.sources import DatasetSpec
 
@@ -69,8 +79,10 @@ def build_samples(recipe: TrainingRecipe, specs: list[DataSpec], tokenizer: PreT
     )
 
 
-def build_config(recipe: TrainingRecipe, samples: SampleDataset) -> SFTTrainingConfig:
+def build_config(recipe: TrainingRecipe, samples: SampleDataset | PreferenceDataset) -> SFTTrainingConfig:
     """The loop's configuration; ``num_epochs`` becomes the steps that pass over the samples, or blocks, so often."""
+    if isinstance(recipe, DPORecipe | RewardModelRecipe):
+        return build_pair_config(recipe, len(samples))
     from rollouts.training import SFTTrainingConfig
     from rollouts.training.loops import PretrainingConfig, TokenBlocks
 
@@ -78,7 +90,7 @@ def build_config(recipe: TrainingRecipe, samples: SampleDataset) -> SFTTrainingC
     options = train.model_dump(exclude={"num_steps", "num_epochs", "max_grad_norm"}) | {"seed": recipe.seed}
     count = len(samples)
     if isinstance(train, PretrainTrain):
-        count = len(TokenBlocks(samples, train.block_length, recipe.seed))
+        count = len(TokenBlocks(cast("SampleDataset", samples), train.block_length, recipe.seed))
     num_steps = train.num_steps or math.ceil(count * (train.num_epochs or 1) / train.batch_size)
     kind = PretrainingConfig if isinstance(train, PretrainTrain) else SFTTrainingConfig
     return kind(num_steps=num_steps, **options)

@@ -133,8 +133,8 @@ class Rollout(Section):
     order: Literal["dealt", "finished"] = "dealt"
     max_staleness: int = Field(0, ge=0)
     max_retries: int = Field(5, ge=0)
-    generate_timeout_s: float | None = Field(None, gt=0)
-    reward_timeout_s: float = Field(60.0, gt=0)
+    generate_timeout_s: float | None = Field(600.0, gt=0)
+    reward_timeout_s: float = Field(30.0, gt=0)
     max_dropped_groups: int = Field(0, ge=0)
 
 

@@ -29,7 +29,8 @@ def describe_rollouts(batch: RolloutBatch, version: int) -> dict[str, float]:
     Returns:
         ``reward_mean``, ``_std``, ``_min``, ``_max`` over judged samples, ``reward/<name>`` of each named part,
         ``reward_task/<task>`` where samples have ``metadata["task"]``, ``pass@1`` and ``pass@<group size>`` (share of
-        groups with a solved sample), counts and shares of what was left out, and ``dropped/<reason>``.
+        groups with a solved sample), counts and shares of what was left out, groups
+        ``dropped/<reason>`` and ``requeued/<reason>`` and reward ``faults/<kind>`` since the batch before.
     """
     samples, judged = batch.samples, [s for s in batch.samples if is_learnable(s)]
     groups = group_samples(judged)
@@ -67,8 +68,10 @@ def describe_rollouts(batch: RolloutBatch, version: int) -> dict[str, float]:
     stale = [version - w.version for s in judged for w in s.weight_versions for _ in range(w.end - w.start)]
     if stale:
         metrics |= {"staleness_mean": float(np.mean(stale)), "staleness_max": max(stale)}
-    dropped: Mapping[str, int] = batch.metadata.get("dropped", {})
-    return metrics | {f"dropped/{reason}": count for reason, count in dropped.items()}
+    for what in ("dropped", "requeued", "faults"):
+        counts: Mapping[str, int] = batch.metadata.get(what, {})
+        metrics |= {f"{what}/{reason}": count for reason, count in counts.items()}
+    return metrics
 
 
 class Stopwatch:
