@@ -27,7 +27,7 @@ test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-all: lint
-	$(BIN)/python -m pytest -n $(WORKERS) -m "" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not engines" $(ARGS)
 
 # The chat page in a headless Chromium, which root gets from Debian where it is missing.
 test-browser: lint

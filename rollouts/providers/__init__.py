@@ -13,7 +13,7 @@ _HOME = {
     "embedded": ("forget_engine", "register_engine", "registered"),
     "log_probs": ("LogProbMode",),
     "tokens": ("connect", "sample_tokens", "stream_tokens"),
-    "chat": ("chat", "stream_chat"),
+    "chats": ("chat", "stream_chat"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
