@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.workload import SHAPES, StepClock, Workload, peak_memory_mb
 
 PROMPTS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 64, 64
-ARMS = ["rollouts:bf16", "rollouts:fp32", "trl:bf16", "trl:autocast", "trl:fp32"]
+ARMS = ["rollouts:bf16:compile", "rollouts:bf16", "rollouts:fp32", "trl:bf16", "trl:autocast", "trl:fp32"]
 
 
 def prompts(vocab_size: int, count: int, seed: int = 0) -> Iterator[list[int]]:
@@ -51,7 +51,7 @@ def word_tokenizer(vocab_size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w0")
 
 
-def run_trl(workload: Workload, clock: StepClock, precision: str) -> None:
+def run_trl(workload: Workload, clock: StepClock, precision: str, *_: str) -> None:
     """``GRPOTrainer`` with its settings that generate fastest here: one generation and one optimizer step a batch."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -98,7 +98,7 @@ def run_trl(workload: Workload, clock: StepClock, precision: str) -> None:
         ).train()
 
 
-def run_rollouts(workload: Workload, clock: StepClock, precision: str) -> None:
+def run_rollouts(workload: Workload, clock: StepClock, precision: str, *options: str) -> None:
     """``run_rl_training`` on the embedded engine, synchronous, with the trainer's own weights.
 
     ``bf16`` computes in bfloat16 and keeps float32 master weights. Prompts are text for both, and of as many tokens.
@@ -139,6 +139,7 @@ def run_rollouts(workload: Workload, clock: StepClock, precision: str) -> None:
         workload.make_model(),
         precision="bfloat16" if precision == "bf16" else "float32",
         optimizer=OptimizerConfig(lr=1e-5),
+        compile="compile" in options,
     )
     texts = [" ".join(f"w{t}" for t in p) for p in prompts(vocab_size, PROMPTS * (clock.total + 1))]
     buffer = DataBuffer([Sample(prompt=text, id=str(i)) for i, text in enumerate(texts)])
@@ -160,10 +161,10 @@ def run_rollouts(workload: Workload, clock: StepClock, precision: str) -> None:
 
 def measure(task: dict[str, Any], output: Path) -> None:
     """In the child: run one arm, write its result as JSON to ``output``."""
-    family, precision = task["arm"].split(":")
+    family, *options = task["arm"].split(":")
     clock = StepClock(task["warmup"], task["steps"])
     run = {"trl": run_trl, "rollouts": run_rollouts}[family]
-    run(Workload(task["shape"], 256), clock, precision)
+    run(Workload(task["shape"], 256), clock, *options)
     rate = PROMPTS * SAMPLES / statistics.median(clock.seconds)
     output.write_text(json.dumps({"samples_per_second": rate, "peak_mb": peak_memory_mb(), "seconds": clock.seconds}))
 
