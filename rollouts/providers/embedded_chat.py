@@ -32,11 +32,11 @@ async def chat(
 async def stream(
     endpoint: Endpoint, messages: Sequence[Message], tools: Sequence[Tool], with_tokens: bool
 ) -> AsyncIterator[StreamChunk]:
-    from rollouts.serving.text import TextStream
+    from rollouts.serving.text import TextStream, TokenNames
     from rollouts.serving.tool_calls import ToolCallSplitter
 
     tokenizer, prompt_ids, params = _prepare(endpoint, messages, tools)
-    text = TextStream(tokenizer, params.stop)
+    text = TextStream(TokenNames(tokenizer), params.stop)
     splitter = ToolCallSplitter() if tools else None
     engine = find_engine(endpoint.model).engine
     async with aclosing(engine.stream(prompt_ids, params)) as chunks:  # type: ignore[type-var]
