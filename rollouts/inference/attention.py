@@ -39,7 +39,7 @@ class Step:
     positions: torch.Tensor  # [T] int64
     pages: torch.Tensor  # [T] int64, page of each token
     offsets: torch.Tensor  # [T] int64, place in that page
-    rows: torch.Tensor  # [D] int64, rows that decode
+    rows: torch.Tensor  # [T] int64, row of each token
     num_decode: int  # D
     reads: Reads | None
     chunks: list[Chunk]

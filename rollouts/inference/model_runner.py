@@ -1,7 +1,7 @@
 """One forward pass of a step's tokens through the live model, keys and values going to the paged cache.
 
 ``StructuredForward`` reads the weights of Llama-shaped models itself, without the dispatch of transformers' modules;
-``NativeForward`` does so in one compiled call for the rows that decode; ``GenericForward`` calls any other transformers
+``NativeForward`` does so in one compiled call; ``GenericForward`` calls any other transformers
 model with its attention replaced. All read the module's own parameters at every step and hold no copy.
 
 Shapes: T tokens of the step, D of them decoding, B with logits, C hidden width, V vocabulary.
@@ -21,7 +21,7 @@ from torch import nn
 from rollouts.errors import UserError
 from rollouts.inference.adapters import merged_layers
 from rollouts.inference.attention import Step, paged_attention
-from rollouts.inference.kv_cache import PAGE_SIZE, KVCache
+from rollouts.inference.kv_cache import KVCache
 from rollouts.inference.native import native_library
 
 # Architectures whose layers are exactly: norm, attention with rotary positions, norm, gated feed-forward.
@@ -139,7 +139,7 @@ class StructuredForward:
         return F.linear(x, module.weight, module.bias) if type(module) is nn.Linear else module(x)
 
     def parameters(self) -> list[torch.Tensor | None]:
-        """Embedding, last norm, output layer, and 15 a layer in the order of the compiled step's ``Layer``."""
+        """Embedding, last norm, output layer, and 15 a layer in the order of ``Layer`` in step.cpp."""
         base, plain = self._model.model, self._plain
         tensors = [plain(base.embed_tokens).weight, base.norm.weight, plain(self._model.lm_head).weight]
         for layer in base.layers:
@@ -179,40 +179,54 @@ class StructuredForward:
 
 
 class _NativeModel(ctypes.Structure):
-    """``Model`` of decode.cpp."""
+    """``Model`` of step.cpp."""
 
     _fields_ = (
         [(name, ctypes.c_int64) for name in (
-            "num_layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab_size", "num_threads")]
+            "num_layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab_size", "num_threads",
+            "long_waits")]
         + [(name, ctypes.c_uint64) for name in ("layers", "embedding", "final_norm", "head", "cos", "sin")]
         + [(name, ctypes.c_double) for name in ("eps", "scale")]
     )  # fmt: skip
 
 
+# Steps that a machine without a core to spare computes on one thread before it is asked again.
+_STEPS_ALONE = 64
+
+
 class NativeForward:
-    """The rows that decode in one compiled call, the chunks of prompts by ``StructuredForward``."""
+    """A whole step in one compiled call.
+
+    A token's logits are bitwise the same whatever else the step computes, however its prompt was cut, and on any number
+    of threads. Only where the processor has a matrix unit (AMX) does ``StructuredForward`` take the chunks of bfloat16
+    prompts: it is several times as fast there, and its last bits may depend on the chunk.
+    """
 
     needs_reads = False
 
     def __init__(self, structured: StructuredForward, library: ctypes.CDLL) -> None:
         config = structured.config
         self._structured = structured
-        self._heads = config.num_attention_heads
-        self._kv_heads = config.num_key_value_heads
         self._cos, self._sin = structured.cos.float().contiguous(), structured.sin.float().contiguous()
         self._layers = np.zeros((config.num_hidden_layers, 18), np.int64)
         self._layers[:, 17] = [window or 0 for window in structured.windows]
         self._model = _NativeModel(
-            config.num_hidden_layers, config.hidden_size, self._heads, self._kv_heads, structured.head_dim,
-            config.intermediate_size, config.vocab_size, 1, self._layers.ctypes.data, 0, 0, 0,
+            config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
+            structured.head_dim, config.intermediate_size, config.vocab_size, 1, 0, self._layers.ctypes.data, 0, 0, 0,
             self._cos.data_ptr(), self._sin.data_ptr(), config.rms_norm_eps, structured.scale,
         )  # fmt: skip
-        self._scratch = torch.empty(0)
         bfloat16 = structured.parameters()[0].dtype == torch.bfloat16  # type: ignore[union-attr]
-        self._decode = library.decode_bfloat16 if bfloat16 else library.decode_float32
+        self._chunks_apart = bfloat16 and torch.cpu._is_amx_tile_supported()
         address, count = ctypes.c_void_p, ctypes.c_int64
-        self._decode.argtypes = (address, count, address, address, address, count, address, address, address)
-        self._decode.restype = None
+        self._step = library.step_bfloat16 if bfloat16 else library.step_float32
+        self._step.argtypes = (
+            address, count, address, address, address, address, count, count, address, address, address
+        )  # fmt: skip
+        self._step.restype = None
+        self._bytes = library.step_bytes
+        self._bytes.argtypes, self._bytes.restype = (address, count, count, count), count
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._steps_alone = 0
         self._shapes = [None if x is None else x.shape for x in structured.parameters()]
         self.refresh()
 
@@ -222,30 +236,33 @@ class NativeForward:
         self._addresses: list[int] = []  # none yet: looked up by the next step
 
     def __call__(self, step: Step, cache: KVCache) -> torch.Tensor:
-        if step.num_decode == 0:
-            return self._structured(step, cache)
-        logits = self.decode(step, cache)
-        return torch.cat((logits, self._structured(without_decoding(step), cache))) if step.chunks else logits
+        if not self._chunks_apart or not step.chunks:
+            return self._run(step, cache)
+        logits = self._structured(without_decoding(step), cache)
+        return torch.cat((self._run(without_chunks(step), cache), logits)) if step.num_decode else logits
 
-    def decode(self, step: Step, cache: KVCache) -> torch.Tensor:
-        """Logits [D, V] float32 of the decoding rows."""
+    def _run(self, step: Step, cache: KVCache) -> torch.Tensor:
+        """Logits [B, V] float32."""
         self._point(cache)
-        model, rows, table = self._model, step.num_decode, cache.page_table
-        wide = max(model.heads * model.head_dim, model.hidden, model.intermediate)
-        floats = rows * (model.hidden + (model.heads + 2 * model.kv_heads) * model.head_dim + 2 * wide)
-        stack = 4 * table.shape[1] * PAGE_SIZE + model.heads // model.kv_heads * model.head_dim
-        if self._scratch.numel() < floats + model.num_threads * stack:
-            self._scratch = torch.empty(floats + model.num_threads * stack)
-        logits = torch.empty(rows, model.vocab_size)
-        self._decode(
-            ctypes.addressof(model), rows, step.token_ids.data_ptr(), step.positions.data_ptr(), table.ctypes.data,
-            table.shape[1], step.rows.data_ptr(), logits.data_ptr(), self._scratch.data_ptr(),
+        model, tokens, outputs = self._model, len(step.token_ids), len(step.outputs)
+        table = cache.page_table
+        model.num_threads = 1 if self._steps_alone else torch.get_num_threads()
+        self._steps_alone = max(self._steps_alone - 1, 0)
+        size = self._bytes(ctypes.addressof(model), tokens, outputs, table.shape[1])
+        if len(self._memory) < size:
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        logits = torch.empty(outputs, model.vocab_size)
+        self._step(
+            ctypes.addressof(model), tokens, step.token_ids.data_ptr(), step.positions.data_ptr(),
+            step.rows.data_ptr(), table.ctypes.data, table.shape[1], outputs, step.outputs.data_ptr(),
+            logits.data_ptr(), self._memory.data_ptr(),
         )  # fmt: skip
+        if model.long_waits > 3:
+            self._steps_alone = _STEPS_ALONE
         return logits
 
     def _point(self, cache: KVCache) -> None:
         """Write down where parameters and pages lie now: an assignment to a parameter's ``data`` moves it."""
-        self._model.num_threads = torch.get_num_threads()
         addresses = [0 if x is None else x.data_ptr() for x in self._parameters]
         if addresses != self._addresses:
             shapes = [None if x is None else x.shape for x in self._parameters]
@@ -258,6 +275,21 @@ class NativeForward:
             self._layers[:, 16] = [x.data_ptr() for x in cache.values]
 
 
+def without_chunks(step: Step) -> Step:
+    """The decoding tokens alone."""
+    d = step.num_decode
+    return replace(
+        step,
+        token_ids=step.token_ids[:d],
+        positions=step.positions[:d],
+        rows=step.rows[:d],
+        pages=step.pages[:d],
+        offsets=step.offsets[:d],
+        chunks=[],
+        outputs=step.outputs[:d],
+    )
+
+
 def without_decoding(step: Step) -> Step:
     """The chunks alone."""
     d = step.num_decode
@@ -267,6 +299,7 @@ def without_decoding(step: Step) -> Step:
         positions=step.positions[d:],
         pages=step.pages[d:],
         offsets=step.offsets[d:],
+        rows=step.rows[d:],
         num_decode=0,
         chunks=[replace(chunk, first=chunk.first - d) for chunk in step.chunks],
         outputs=step.outputs[d:] - d,

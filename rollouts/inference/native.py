@@ -1,4 +1,4 @@
-"""The engine's C++ functions (decode.cpp), and the threads that they share with torch.
+"""The engine's C++ functions (step.cpp), and the threads that they share with torch.
 
 Where there is no compiler the engine decodes with torch operators, to the same numbers.
 """
@@ -16,7 +16,7 @@ from rollouts import native
 
 def native_library() -> ctypes.CDLL | None:
     """The compiled functions; None, with a warning, where they cannot be had."""
-    return native.native_library(Path(__file__).with_name("decode.cpp"))
+    return native.native_library(Path(__file__).with_name("step.cpp"))
 
 
 @functools.cache

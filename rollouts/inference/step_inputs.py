@@ -36,7 +36,7 @@ def make_step(plan: Plan, rows: Rows, cache: KVCache, device: torch.device, with
         positions=tensor(positions),
         pages=tensor(cache.page_table[row_of, positions // PAGE_SIZE]),
         offsets=tensor(positions % PAGE_SIZE),
-        rows=tensor(plan.decoding),
+        rows=tensor(row_of),
         num_decode=num_decode,
         reads=Reads(*map(tensor, _reads(plan.decoding, positions[:num_decode], cache))) if with_reads else None,
         chunks=chunks,

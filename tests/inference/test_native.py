@@ -1,7 +1,8 @@
-"""The compiled decoding step against torch operators, and against itself in other company."""
+"""The compiled step against torch operators, and against itself in other company."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -112,16 +113,86 @@ def test_a_rows_logits_are_bitwise_the_same_in_any_company_and_on_any_number_of_
     make_peaked_model: Callable[..., PreTrainedModel], dtype: torch.dtype
 ) -> None:
     model = make_peaked_model(dtype=dtype)
-    rows, cache = random_state(model, 11)
+    rows, cache = random_state(model, 70)
     forward = make_forward(model, MAX_LENGTH)
-    together = decode(forward, rows, cache, list(range(11)))
-    for which in ([3], [10, 3], [3, 0, 1, 2, 4], list(reversed(range(11)))):
+    together = decode(forward, rows, cache, list(range(70)))
+    # Up to eight tokens are computed in one way, more of them in another, by groups of 16 and of 64.
+    for which in ([3], [10, 3], [3, 0, 1, 2, 4], list(range(8)), list(range(60, 69)), list(reversed(range(20))),
+                  list(range(35)), list(range(5, 55))):  # fmt: skip
         got = decode(forward, rows, cache, which)
         assert torch.equal(got, together[which])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert torch.equal(decode(forward, rows, cache, list(range(11))), together)
+        assert torch.equal(decode(forward, rows, cache, list(range(70))), together)
+        assert torch.equal(decode(forward, rows, cache, [4, 5]), together[[4, 5]])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [{"num_heads": 4, "num_kv_heads": 4}, {"num_heads": 6, "num_kv_heads": 2},
+                                   {"num_heads": 9, "num_kv_heads": 1}])  # fmt: skip
+def test_a_prompts_logits_are_bitwise_the_same_however_it_is_cut(
+    make_peaked_model: Callable[..., PreTrainedModel], dtype: torch.dtype, shape: dict[str, int]
+) -> None:
+    """In one chunk or several, beside other prompts and decoding rows or token by token; and near to torch's."""
+    model = make_peaked_model(dtype=dtype, **shape)
+    rows, cache = random_state(model, 5)
+    rows.num_computed[:3] = (17, 80, 3)
+    forward = make_forward(model, MAX_LENGTH)
+
+    def last_logits(*steps: tuple[list[int], list[tuple[int, int, int]]]) -> torch.Tensor:
+        """Of row 3's token 70, by steps of (rows that decode, chunks), of which the last one gives it."""
+        for decoding, chunks in steps:
+            ends = np.cumsum([len(decoding), *(end - start for _, start, end in chunks)])[1:] - 1
+            plan = Plan(np.array(decoding, np.int64), chunks, np.array([], np.int64), ends, [])
+            with torch.inference_mode():
+                step = make_step(plan, rows, cache, torch.device("cpu"), with_reads=True)
+                logits = forward(step, cache)
+        return logits[[row for row, _, _ in chunks].index(3)]
+
+    whole = last_logits(([], [(3, 0, 71)]))
+    for steps in (
+        [([], [(3, i, i + 1)]) for i in range(71)],
+        [([], [(3, 0, 40)]), ([], [(3, 40, 69)]), ([], [(3, 69, 71)])],
+        [([0, 1, 2], [(4, 0, 50), (3, 0, 33)]), ([0], [(3, 33, 71), (4, 50, 60)])],
+    ):
+        assert torch.equal(last_logits(*steps), whole)
+    forward = StructuredForward(model, MAX_LENGTH)  # type: ignore[assignment]
+    expected = last_logits(([], [(3, 0, 71)])).float()
+    assert (whole - expected).abs().max() < (1e-4 if dtype == torch.float32 else 0.15) * expected.std().clamp(min=1)
+
+
+def test_prompts_may_be_computed_apart_from_decoding_rows(make_peaked_model: Callable[..., PreTrainedModel]) -> None:
+    """As they are in bfloat16 where the processor has a matrix unit."""
+    model = make_peaked_model(dtype=torch.bfloat16)
+    rows, cache = random_state(model, 4)
+    forward = make_forward(model, MAX_LENGTH)
+    assert isinstance(forward, NativeForward)
+    plan = Plan(np.array([0, 1]), [(2, 10, 60), (3, 0, 20)], np.array([0, 1, 3]), np.array([0, 1, 71, 30]), [])
+    with torch.inference_mode():
+        step = make_step(plan, rows, cache, torch.device("cpu"), with_reads=True)
+        together = forward(step, cache)
+        forward._chunks_apart = True
+        apart = forward(step, cache)
+    assert torch.equal(apart[:2], together[:2])
+    assert (apart - together).abs().mean() < 0.05 * together.std()
+
+
+def test_a_busy_machine_makes_steps_slower_not_wrong(make_peaked_model: Callable[..., PreTrainedModel]) -> None:
+    """More threads than cores: those that wait sleep, and after a few long waits one thread does the rest."""
+    model = make_peaked_model()
+    rows, cache = random_state(model, 30)
+    forward = make_forward(model, MAX_LENGTH)
+    threads = torch.get_num_threads()
+    alone = decode(forward, rows, cache, list(range(30)))
+    try:
+        torch.set_num_threads(24)
+        started = time.monotonic()
+        for _ in range(20):
+            assert torch.equal(decode(forward, rows, cache, list(range(30))), alone)
+        assert time.monotonic() - started < 20
     finally:
         torch.set_num_threads(threads)
 

@@ -1,0 +1,775 @@
+// One step of a Llama-shaped model in one call: tokens that decode and tokens of prompts, each over the paged cache.
+//
+// Every number is computed in an order that depends on nothing but the token's own text: not on how many tokens share
+// the step, on how a prompt is cut into chunks, or on the number of threads. So logits are bitwise the same in any
+// company. Weights, keys and values are float or bfloat16, everything between is float.
+// Shapes: T tokens, C hidden width, H query heads, K key/value heads, d head width, G = H/K, I feed-forward width,
+// V vocabulary, 16 tokens a page. C, d, I must be multiples of 16. A word is 32 bits of a matrix: a float, or two
+// neighboring bfloat16.
+
+#include <limits.h>
+#include <linux/futex.h>
+#include <omp.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+typedef float f16 __attribute__((vector_size(64), aligned(4)));  // sixteen floats
+typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
+typedef uint32_t u16 __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t bf16;
+
+inline f16 splat(float x) { return f16{} + x; }
+inline f16 load(const float* p) { return *(const f16*)p; }
+inline f16 load(const bf16* p) { return (f16)(__builtin_convertvector(*(const h16*)p, u16) << 16); }
+inline float one(const float* p) { return *p; }
+inline float one(const bf16* p) {
+  uint32_t bits = (uint32_t)*p << 16;
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+inline h16 rounded(f16 x) {  // to bfloat16: to nearest, ties to even
+  u16 bits = (u16)x;
+  return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, h16);
+}
+inline void put(float* p, f16 x) { *(f16*)p = x; }
+inline void put(bf16* p, f16 x) { *(h16*)p = rounded(x); }
+inline void put(float* p, float x) { *p = x; }
+inline void put(bf16* p, float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  *p = (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline f16 swap(f16 v, i16 lanes) { return __builtin_shuffle(v, lanes); }
+inline float sum(f16 v) {
+  v += swap(v, i16{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+  v += swap(v, i16{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+  v += swap(v, i16{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+  v += swap(v, i16{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+  return v[0];
+}
+inline f16 where(i16 mask, f16 a, f16 b) { return (f16)(((i16)a & mask) | ((i16)b & ~mask)); }
+
+// e^x for x <= 88 to 2 ulp: 2^n * e^r with |r| <= ln2/2 and a polynomial for e^r (Cephes expf).
+inline f16 exp16(f16 x) {
+  x = where(x < splat(-87.f), splat(-87.f), x);
+  f16 magic = splat(12582912.f), n = x * 1.44269504f + magic;
+  i16 power = (i16)n << 23;
+  n -= magic;
+  f16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  f16 p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  return (f16)((i16)p + power);
+}
+
+// ---- matrix products: y[t, o] = x[t, :] . w[o, :] --------------------------------------------------------------------
+//
+// A sum runs over the words of a row from first to last, one after the other, whichever way it is computed:
+// few tokens: the weights of sixteen outputs are transposed in registers, a lane is an output; memory is the limit.
+// many tokens: the inputs of sixteen tokens lie transposed ("packed": [T/16][words][16 tokens]), a lane is a token, and
+//              weights are read as they are, a word at a time for all lanes. Nothing is ever summed across lanes.
+
+constexpr int64_t FEW = 8;
+
+template <typename W>
+inline constexpr int64_t elements = 4 / sizeof(W);  // of a word
+
+inline f16 multiply_add(f16 acc, u16 a, u16 b, float) { return acc + (f16)a * (f16)b; }
+inline f16 multiply_add(f16 acc, u16 a, u16 b, bf16) {
+#ifdef __AVX512BF16__
+  return (f16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+  acc += (f16)(a << 16) * (f16)(b << 16);
+  return acc + (f16)(a & 0xffff0000) * (f16)(b & 0xffff0000);
+#endif
+}
+
+typedef uint64_t u8 __attribute__((vector_size(64), aligned(4)));
+#define LOW_WORDS(a, b) (u8) __builtin_shuffle((u16)a, (u16)b, i16{0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29})
+#define HIGH_WORDS(a, b) (u8) __builtin_shuffle((u16)a, (u16)b, i16{2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31})
+#define LOW_PAIRS(a, b) __builtin_shuffle(a, b, u8{0, 8, 2, 10, 4, 12, 6, 14})
+#define HIGH_PAIRS(a, b) __builtin_shuffle(a, b, u8{1, 9, 3, 11, 5, 13, 7, 15})
+#define EVEN_FOURS(a, b) __builtin_shuffle(a, b, u8{0, 1, 4, 5, 8, 9, 12, 13})
+#define ODD_FOURS(a, b) __builtin_shuffle(a, b, u8{2, 3, 6, 7, 10, 11, 14, 15})
+
+// Sixteen vectors of sixteen words, by shuffles that need no register for their pattern.
+template <typename V>
+inline void transpose(V* v) {
+  u8 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) a[i] = LOW_WORDS(v[i], v[i + 1]), a[i + 1] = HIGH_WORDS(v[i], v[i + 1]);
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++)
+      b[i + 2 * j] = LOW_PAIRS(a[i + j], a[i + j + 2]), b[i + 2 * j + 1] = HIGH_PAIRS(a[i + j], a[i + j + 2]);
+  for (int i = 0; i < 16; i += 8)
+    for (int j = 0; j < 4; j++)
+      a[i + j] = EVEN_FOURS(b[i + j], b[i + j + 4]), a[i + j + 4] = ODD_FOURS(b[i + j], b[i + j + 4]);
+  for (int j = 0; j < 8; j++) v[j] = (V)EVEN_FOURS(a[j], a[j + 8]), v[j + 8] = (V)ODD_FOURS(a[j], a[j + 8]);
+}
+#undef LOW_WORDS
+#undef HIGH_WORDS
+#undef LOW_PAIRS
+#undef HIGH_PAIRS
+#undef EVEN_FOURS
+#undef ODD_FOURS
+
+// Sixteen outputs of up to FEW tokens, x [NT, words], w [16, words]: y[t] holds the outputs of token t.
+template <typename W, int NT>
+inline void few_tokens(const uint32_t* x, const uint32_t* w, int64_t words, f16* y) {
+  f16 acc[NT] = {};
+  u16 m[16];
+  int64_t u = 0;
+  for (; u + 16 <= words; u += 16) {
+    for (int i = 0; i < 16; i++) {
+      m[i] = *(const u16*)(w + i * words + u);
+      __builtin_prefetch(w + (16 + i) * words + u, 0, 2);  // the next sixteen outputs
+    }
+    transpose(m);
+    for (int j = 0; j < 16; j++)
+      for (int t = 0; t < NT; t++) acc[t] = multiply_add(acc[t], u16{} + x[t * words + u + j], m[j], W());
+  }
+  if (u < words) {  // eight words are left
+    for (int i = 0; i < 16; i++) {
+      m[i] = u16{};
+      memcpy(&m[i], w + i * words + u, 32);
+    }
+    transpose(m);
+    for (int j = 0; j < 8; j++)
+      for (int t = 0; t < NT; t++) acc[t] = multiply_add(acc[t], u16{} + x[t * words + u + j], m[j], W());
+  }
+  for (int t = 0; t < NT; t++) y[t] = acc[t];
+}
+
+// NO outputs of NB * 16 tokens, x packed, w [NO, words]: y[o][b] holds an output of sixteen tokens.
+template <typename W, int NB, int NO>
+inline void many_tokens(const u16* x, const uint32_t* w, int64_t words, f16 (*y)[4]) {
+  f16 acc[NO][NB] = {};
+  for (int64_t u = 0; u < words; u++) {
+    u16 a[NB];
+    for (int b = 0; b < NB; b++) a[b] = x[b * words + u];
+    for (int o = 0; o < NO; o++) {
+      const u16 c = u16{} + w[o * words + u];
+      for (int b = 0; b < NB; b++) acc[o][b] = multiply_add(acc[o][b], a[b], c, W());
+    }
+  }
+  for (int o = 0; o < NO; o++)
+    for (int b = 0; b < NB; b++) y[o][b] = acc[o][b];
+}
+
+template <typename W>
+inline void many_tokens(int64_t blocks, const u16* x, const uint32_t* w, int64_t words, f16 (*y)[4]) {
+  switch (blocks) {
+    case 4:
+      many_tokens<W, 4, 6>(x, w, words, y);
+      many_tokens<W, 4, 6>(x, w + 6 * words, words, y + 6);
+      return many_tokens<W, 4, 4>(x, w + 12 * words, words, y + 12);
+    case 3:
+      many_tokens<W, 3, 8>(x, w, words, y);
+      return many_tokens<W, 3, 8>(x, w + 8 * words, words, y + 8);
+    case 2:
+      many_tokens<W, 2, 8>(x, w, words, y);
+      return many_tokens<W, 2, 8>(x, w + 8 * words, words, y + 8);
+    default:
+      many_tokens<W, 1, 16>(x, w, words, y);
+  }
+}
+
+// The inputs of a matrix product: rows [T, width] if tokens are few, packed if they are many.
+template <typename W>
+struct Inputs {
+  uint32_t* words;
+  int64_t tokens, width;
+  bool few() const { return tokens <= FEW; }
+  int64_t num_words() const { return width / elements<W>; }
+};
+
+// Outputs [o, o + 16) of w [outputs, width] for all tokens, handed to `use(t, v)`; those beyond the last are arbitrary.
+template <typename W, typename Use>
+inline void sixteen_outputs(const Inputs<W>& x, const W* weights, int64_t o, int64_t outputs, uint32_t* tail, Use use) {
+  const int64_t words = x.num_words();
+  const uint32_t* w = (const uint32_t*)weights + o * words;
+  if (o + 16 > outputs) {  // rows beyond the last would lie outside the matrix
+    memcpy(tail, w, (outputs - o) * words * 4);
+    w = tail;
+  }
+  if (x.few()) {
+    f16 y[FEW];
+    switch (x.tokens) {
+#define CASE(n) case n: few_tokens<W, n>(x.words, w, words, y); break;
+      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
+    }
+    for (int64_t t = 0; t < x.tokens; t++) use(t, y[t]);
+    return;
+  }
+  f16 y[16][4];
+  for (int64_t t0 = 0; t0 < x.tokens; t0 += 64) {
+    const int64_t blocks = (x.tokens - t0 + 15) / 16;
+    many_tokens<W>(blocks < 4 ? blocks : 4, (const u16*)x.words + t0 / 16 * words, w, words, y);
+    for (int64_t b = 0; b < 4 && t0 + b * 16 < x.tokens; b++) {
+      f16 v[16];
+      for (int i = 0; i < 16; i++) v[i] = y[i][b];
+      transpose(v);
+      for (int64_t t = t0 + b * 16, i = 0; i < 16 && t < x.tokens; i++, t++) use(t, v[i]);
+    }
+  }
+}
+
+// ---- threads ---------------------------------------------------------------------------------------------------------
+
+// Threads meet here. OpenMP's own barrier sleeps at once when the process has more OpenMP threads than cores, which it
+// has as soon as two of its threads compute (a trainer's and the engine's): 25 us each, and a layer has seven. Whoever
+// waits spins for about as long as a piece of work takes, then sleeps: on a busy machine those it waits for need a core.
+// If that happens again and again the machine has no core to spare, and the first thread goes on alone.
+struct Team {
+  int size, patience, arrived = 0, generation = 0, sleepers = 0, long_waits = 0;
+
+  // False: the first thread does the rest, this one is done.
+  bool meet(int id) {
+    const int mine = __atomic_load_n(&generation, __ATOMIC_ACQUIRE), here = size;
+    if (here == 1) return id == 0;
+    if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == here) {
+      arrived = 0;
+      if (__atomic_load_n(&long_waits, __ATOMIC_RELAXED) > 3) size = 1;
+      __atomic_add_fetch(&generation, 1, __ATOMIC_SEQ_CST);
+      if (__atomic_load_n(&sleepers, __ATOMIC_SEQ_CST)) syscall(SYS_futex, &generation, FUTEX_WAKE_PRIVATE, INT_MAX);
+      return size > 1 || id == 0;
+    }
+    for (int spins = 0; __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == mine; spins++) {
+      if (spins < patience) {
+#ifdef __x86_64__
+        __builtin_ia32_pause();
+#endif
+        continue;
+      }
+      if (spins == patience) __atomic_add_fetch(&long_waits, 1, __ATOMIC_RELAXED);
+      __atomic_add_fetch(&sleepers, 1, __ATOMIC_SEQ_CST);
+      syscall(SYS_futex, &generation, FUTEX_WAIT_PRIVATE, mine, nullptr);
+      __atomic_add_fetch(&sleepers, -1, __ATOMIC_SEQ_CST);
+    }
+    return size > 1 || id == 0;
+  }
+};
+
+// Pieces [0, n) of work, shared out beforehand: each thread then finds the same weights in its own cache at every step.
+template <typename Use>
+inline void shared_out(const Team& team, int id, int64_t n, Use use) {
+  for (int64_t i = n * id / team.size, end = n * (id + 1) / team.size; i < end; i++) use(i);
+}
+
+// The same, each piece to whoever is free.
+template <typename Use>
+inline void taken(int64_t* next, int64_t n, Use use) {
+  for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < n;) use(i);
+}
+
+// ---- norms, rotation, attention --------------------------------------------------------------------------------------
+
+inline float norm_scale(const float* x, int64_t n, float eps) {
+  f16 squares = {};
+  for (int64_t c = 0; c < n; c += 16) squares += load(x + c) * load(x + c);
+  return 1.f / __builtin_sqrtf(sum(squares) / n + eps);
+}
+
+// Sixteen channels of sixteen tokens, v[channel], into packed inputs.
+template <typename W>
+inline void pack(const f16* v, uint32_t* to) {
+  for (int i = 0; i < 16 / elements<W>; i++) {
+    u16 word = (u16)v[i];
+    if (elements<W> == 2)
+      word = __builtin_convertvector(rounded(v[2 * i]), u16) | __builtin_convertvector(rounded(v[2 * i + 1]), u16) << 16;
+    *(u16*)(to + i * 16) = word;
+  }
+}
+
+// Rows [t, t + 16) of a matrix [T, width] into packed inputs.
+template <typename W>
+inline void pack_rows(const W* rows, int64_t t, const Inputs<W>& out) {
+  const int64_t words = out.num_words();
+  uint32_t* to = out.words + t / 16 * words * 16;
+  for (int64_t u = 0; u < words; u += 16) {
+    const int64_t n = words - u < 16 ? words - u : 16;
+    u16 v[16] = {};
+    for (int i = 0; i < 16 && t + i < out.tokens; i++) memcpy(&v[i], (const uint32_t*)rows + (t + i) * words + u, n * 4);
+    transpose(v);
+    for (int i = 0; i < n; i++) *(u16*)(to + (u + i) * 16) = v[i];
+  }
+}
+
+// RMS norm of tokens [t, end), x(t) being where one lies, into the inputs of a matrix product.
+template <typename W, typename X>
+inline void norm(X x, int64_t t, int64_t end, const W* w, float eps, const Inputs<W>& out) {
+  const int64_t C = out.width, t0 = t;
+  float scales[16];
+  for (; t < end; t++) scales[t - t0] = norm_scale(x(t), C, eps);
+  if (out.few()) {
+    for (t = t0; t < end; t++)
+      for (int64_t c = 0; c < C; c += 16)
+          put((W*)out.words + t * C + c, load(x(t) + c) * scales[t - t0] * load(w + c));
+    return;
+  }
+  uint32_t* to = out.words + t0 / 16 * out.num_words() * 16;
+  for (int64_t c = 0; c < C; c += 16) {
+    f16 v[16];
+    for (int i = 0; i < 16; i++) v[i] = t0 + i < end ? load(x(t0 + i) + c) * scales[i] : f16{};
+    transpose(v);
+    for (int i = 0; i < 16; i++) v[i] *= one(w + c + i);
+    pack<W>(v, to + c / elements<W> * 16);
+  }
+}
+
+template <typename W>
+inline void norm_and_rotate(float* x, const W* w, int64_t d, float eps, const float* cos, const float* sin) {
+  if (w) {
+    const float scale = norm_scale(x, d, eps);
+    for (int64_t c = 0; c < d; c++) x[c] *= scale * one(w + c);
+  }
+  int64_t half = d / 2;
+  for (int64_t c = 0; c < half; c++) {
+    float a = x[c], b = x[c + half];
+    x[c] = a * cos[c] - b * sin[c];
+    x[c + half] = b * cos[c + half] + a * sin[c + half];
+  }
+}
+
+// A query and the tokens [first, end) of its row that it attends to.
+struct Query {
+  const float* q;
+  int64_t first, end;
+};
+
+// Scores of N queries with the keys of NP pages, [d, 16] each; the pages' values are on their way meanwhile.
+template <int N, int NP, typename W>
+inline void page_scores(const Query* queries, const W* keys, const W* values, size_t page_size, const int32_t* pages,
+                        int64_t d, float scale, float* scores, int64_t stride) {
+  f16 acc[NP][N] = {};
+  const W *k[NP], *v[NP];
+  for (int p = 0; p < NP; p++) k[p] = keys + pages[p] * page_size, v[p] = values + pages[p] * page_size;
+  for (int64_t i = 0; i < d; i++)
+    for (int p = 0; p < NP; p++) {
+      if (sizeof(W) == 4 || i % 2 == 0) __builtin_prefetch(v[p] + i * 16);
+      const f16 key = load(k[p] + i * 16);
+      for (int n = 0; n < N; n++) acc[p][n] += key * queries[n].q[i];
+    }
+  for (int p = 0; p < NP; p++)
+    for (int n = 0; n < N; n++) *(f16*)(scores + n * stride + p * 16) = acc[p][n] * scale;
+}
+
+// NC times sixteen columns of the weighted sums of values over tokens [first, end) of pages [16, d]: the sum over tokens
+// in even places and that over those in odd ones.
+template <int N, int NC, typename W>
+inline void weigh_values(const float* weights, int64_t stride, const W* values, size_t page_size, const int32_t* pages,
+                         int64_t first, int64_t end, int64_t d, int64_t column, float* out) {
+  f16 acc[2][N][NC] = {};
+  auto add = [&](int64_t j, int odd) {
+    const W* v = values + pages[j / 16] * page_size + (j % 16) * d + column;
+    f16 value[NC];
+    for (int c = 0; c < NC; c++) value[c] = load(v + c * 16);
+    for (int n = 0; n < N; n++)
+      for (int c = 0; c < NC; c++) acc[odd][n][c] += value[c] * weights[n * stride + j];
+  };
+  int64_t j = first;
+  if (j % 2 && j < end) add(j++, 1);
+  for (; j + 2 <= end; j += 2) add(j, 0), add(j + 1, 1);
+  if (j < end) add(j, 0);
+  for (int n = 0; n < N; n++)
+    for (int c = 0; c < NC; c++) *(f16*)(out + n * d + column + c * 16) = acc[0][n][c] + acc[1][n][c];
+}
+
+// N queries of one row and key/value head: out [N, d]. What a query does not attend to has weight 0, which changes no
+// bit of a sum.
+template <int N, typename W>
+void attend(const Query* queries, const W* keys, const W* values, size_t page_size, const int32_t* pages, int64_t d,
+            float scale, float* scores, int64_t stride, float* out) {
+  int64_t first = queries[0].first, last = queries[0].end;
+  for (int n = 1; n < N; n++) {
+    if (queries[n].first < first) first = queries[n].first;
+    if (queries[n].end > last) last = queries[n].end;
+  }
+  const int64_t begin = first / 16, end = (last + 15) / 16;
+  constexpr int NP = N == 1 ? 4 : N == 2 ? 2 : 1, NC = N <= 2 ? 2 : 1;
+  int64_t p = begin;
+  for (; p + NP <= end; p += NP)
+    page_scores<N, NP>(queries, keys, values, page_size, pages + p, d, scale, scores + p * 16, stride);
+  for (; p < end; p++)
+    page_scores<N, 1>(queries, keys, values, page_size, pages + p, d, scale, scores + p * 16, stride);
+  for (int n = 0; n < N; n++) {
+    float* s = scores + n * stride;
+    for (int64_t j = begin * 16; j < queries[n].first; j++) s[j] = -1e30f;
+    for (int64_t j = queries[n].end; j < end * 16; j++) s[j] = -1e30f;
+    f16 most = splat(-1e30f);
+    for (int64_t j = begin * 16; j < end * 16; j += 16) most = where(load(s + j) > most, load(s + j), most);
+    float highest = most[0];
+    for (int i = 1; i < 16; i++) highest = most[i] > highest ? most[i] : highest;
+    f16 total = {};
+    for (int64_t j = begin * 16; j < end * 16; j += 16) {
+      const f16 e = where(load(s + j) > splat(-1e29f), exp16(load(s + j) - highest), f16{});
+      *(f16*)(s + j) = e;
+      total += e;
+    }
+    const float inverse = 1.f / sum(total);
+    for (int64_t j = begin * 16; j < end * 16; j += 16) *(f16*)(s + j) = load(s + j) * inverse;
+  }
+  int64_t column = 0;
+  for (; column + NC * 16 <= d; column += NC * 16)
+    weigh_values<N, NC>(scores, stride, values, page_size, pages, first, last, d, column, out);
+  if (column < d) weigh_values<N, 1>(scores, stride, values, page_size, pages, first, last, d, column, out);
+}
+
+// ---- the step --------------------------------------------------------------------------------------------------------
+
+struct Layer {  // as model_runner lays it out: addresses, 0 where absent, and the window (0 = none)
+  uint64_t input_norm, q, k, v, o, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm, post_norm, gate, up, down, keys, values;
+  int64_t window;
+};
+
+struct Model {
+  int64_t num_layers, hidden, heads, kv_heads, head_dim, intermediate, vocab_size, num_threads, long_waits;
+  uint64_t layers, embedding, final_norm, head, cos, sin;
+  double eps, scale;
+};
+
+constexpr int64_t TOGETHER = 8;  // queries that attend at once, and tokens of a row whose queries do
+
+struct Run {  // tokens [first, first + count) of the step follow one another in one row
+  int32_t first, count;
+};
+
+// The memory that a step works in; every part begins on a cache line.
+struct Scratch {
+  char* at;
+  template <typename T>
+  T* take(int64_t count) {
+    char* here = at;
+    at += (count * sizeof(T) + 63) / 64 * 64;
+    return (T*)here;
+  }
+};
+
+struct Places {
+  float *x, *q, *kv;           // [T, C], [T, H*d], [T, 2*K*d]
+  uint32_t* a;                 // [T, H*d] words at most, what attention gives
+  uint32_t *h, *h2, *outputs;  // inputs of matrix products
+  int64_t* next;               // counters of the work that threads take: 8 a layer, 8 more
+  Run* runs;                   // [T]
+  struct Own {                 // of each thread
+    uint32_t *h, *tail;
+    float *scores, *attended;
+  } own;
+  Places(const Model& m, int64_t T, int64_t B, int64_t max_pages, Scratch& scratch, int thread) {
+    const int64_t Hd = m.heads * m.head_dim, Kd = m.kv_heads * m.head_dim, T16 = (T + 15) / 16 * 16;
+    int64_t wide = Hd > m.intermediate ? Hd : m.intermediate;
+    if (m.hidden > wide) wide = m.hidden;
+    x = scratch.take<float>(T * m.hidden), q = scratch.take<float>(T * Hd), kv = scratch.take<float>(T * 2 * Kd);
+    a = scratch.take<uint32_t>(T16 * Hd);
+    h = scratch.take<uint32_t>(T16 * m.hidden), h2 = scratch.take<uint32_t>(T16 * wide);
+    outputs = scratch.take<uint32_t>((B + 15) / 16 * 16 * m.hidden);
+    next = scratch.take<int64_t>((m.num_layers + 1) * 8);
+    runs = scratch.take<Run>(T);
+    for (int i = 0; i <= thread; i++) {
+      own.h = scratch.take<uint32_t>(FEW * m.hidden), own.tail = scratch.take<uint32_t>(16 * m.hidden);
+      own.scores = scratch.take<float>(TOGETHER * max_pages * 16);
+      own.attended = scratch.take<float>(TOGETHER * m.head_dim);
+    }
+  }
+};
+
+template <typename W>
+struct Step {
+  const Model& m;
+  const int64_t T, *tokens, *positions, *rows;
+  const int32_t* page_table;
+  const int64_t max_pages, B, *outputs;
+  float* logits;
+  char* memory;
+  int64_t num_runs = 0;
+  bool chunks = false;  // whether some tokens attend to others of the same step
+
+  void run() {
+    Scratch scratch{memory};
+    const Places places(m, T, B, max_pages, scratch, 0);
+    memset(places.next, 0, (m.num_layers + 1) * 8 * sizeof(int64_t));
+    const int64_t G = m.heads / m.kv_heads, longest = G < TOGETHER ? TOGETHER / G : 1;
+    for (int64_t t = 0; t < T; t++) {
+      const bool follows = t && rows[t] == rows[t - 1] && positions[t] == positions[t - 1] + 1;
+      chunks |= follows;
+      if (follows && places.runs[num_runs - 1].count < longest) places.runs[num_runs - 1].count++;
+      else places.runs[num_runs++] = Run{(int32_t)t, 1};
+    }
+    // A turn of the spin takes some 40 cycles; the largest pieces of work T * 16 * wide / 32 of them.
+    Team team{(int)m.num_threads, (int)(4000 + T * (m.hidden > m.intermediate ? m.hidden : m.intermediate) / 40)};
+    if (m.num_threads == 1) thread(team, 0);
+    else {
+#pragma omp parallel num_threads((int)m.num_threads)
+      thread(team, omp_get_thread_num());
+    }
+    *(int64_t*)&m.long_waits = team.long_waits;
+  }
+
+  void thread(Team& team, int id) const {
+    const int64_t C = m.hidden, H = m.heads, K = m.kv_heads, d = m.head_dim, I = m.intermediate;
+    const float eps = (float)m.eps;
+    Scratch scratch{memory};
+    const Places at(m, T, B, max_pages, scratch, id);
+    const Layer* layers = (const Layer*)m.layers;
+    const bool few = T <= FEW;
+    // Few tokens: every thread norms them all for itself, which is faster than to meet.
+    const Inputs<W> h{T <= FEW ? at.own.h : at.h, T, C}, attended{few ? at.a : at.h2, T, H * d}, gated{at.h2, T, I};
+    float* const x = at.x;
+    int64_t* next = at.next;
+
+    auto each = [&](int64_t n, auto use) { few ? shared_out(team, id, n, use) : taken(next++, n, use); };
+    auto norm_all = [&](const Inputs<W>& out, int64_t* counter, uint64_t weight, auto where_is) {
+      auto block = [&](int64_t b) {
+        const int64_t end = b * 16 + 16 < out.tokens ? b * 16 + 16 : out.tokens;
+        norm<W>(where_is, b * 16, end, (const W*)weight, eps, out);
+      };
+      if (out.few()) block(0);
+      else taken(counter, (out.tokens + 15) / 16, block);
+      return out.few() || team.meet(id);
+    };
+    auto token = [&](int64_t t) { return x + t * C; };
+    auto bias = [](uint64_t b, int64_t o) { return b ? load((const W*)b + o) : f16{}; };
+
+    shared_out(team, id, T, [&](int64_t t) {
+      for (int64_t c = 0; c < C; c += 16) put(x + t * C + c, load((const W*)m.embedding + tokens[t] * C + c));
+    });
+    if (!team.meet(id)) return;
+    for (int64_t l = 0; l < m.num_layers; l++) {
+      const Layer& L = layers[l];
+      next = at.next + l * 8;
+      if (!norm_all(h, next++, L.input_norm, token)) return;
+      each((H + 2 * K) * d / 16, [&](int64_t unit) {
+        int64_t o = unit * 16;
+        if (o < H * d)
+          return sixteen_outputs(h, (const W*)L.q, o, H * d, at.own.tail,
+                                 [&](int64_t t, f16 v) { put(at.q + t * H * d + o, v + bias(L.q_bias, o)); });
+        const bool is_value = (o -= H * d) >= K * d;
+        const int64_t row = is_value ? o - K * d : o;
+        sixteen_outputs(h, (const W*)(is_value ? L.v : L.k), row, K * d, at.own.tail, [&](int64_t t, f16 v) {
+          put(at.kv + t * 2 * K * d + o, v + bias(is_value ? L.v_bias : L.k_bias, row));
+        });
+      });
+      if (!team.meet(id)) return;
+      if (chunks) {
+        shared_out(team, id, T * K, [&](int64_t task) { remember(at, L, task / K, task % K); });
+        if (!team.meet(id)) return;
+      }
+      each(num_runs * K, [&](int64_t task) {
+        const Run run = at.runs[task / K];  // heads of one row lie side by side
+        if (!chunks) remember(at, L, run.first, task % K);
+        attend_run(at, L, run, task % K);
+      });
+      if (!team.meet(id)) return;
+      if (!few) {
+        taken(next++, (T + 15) / 16, [&](int64_t b) { pack_rows((const W*)at.a, b * 16, attended); });
+        if (!team.meet(id)) return;
+      }
+      each(C / 16, [&](int64_t unit) {
+        sixteen_outputs(attended, (const W*)L.o, unit * 16, C, at.own.tail, [&](int64_t t, f16 v) {
+          float* to = x + t * C + unit * 16;
+          put(to, load(to) + (v + bias(L.o_bias, unit * 16)));
+        });
+      });
+      if (!team.meet(id)) return;
+      if (!norm_all(h, next++, L.post_norm, token)) return;
+      each(I / 16, [&](int64_t unit) { gate(at, h, (const W*)L.gate, (const W*)L.up, unit * 16, gated); });
+      if (!team.meet(id)) return;
+      each(C / 16, [&](int64_t unit) {
+        sixteen_outputs(gated, (const W*)L.down, unit * 16, C, at.own.tail, [&](int64_t t, f16 v) {
+          float* to = x + t * C + unit * 16;
+          put(to, load(to) + v);
+        });
+      });
+      if (!team.meet(id)) return;
+    }
+    if (B == 0) return;
+    const Inputs<W> last{B <= FEW ? at.own.h : at.outputs, B, C};
+    next = at.next + m.num_layers * 8;
+    if (!norm_all(last, next++, m.final_norm, [&](int64_t b) { return x + outputs[b] * C; })) return;
+    const int64_t V = m.vocab_size, units = (V + 15) / 16;
+    auto head = [&](int64_t unit) {
+      const int64_t o = unit * 16;
+      sixteen_outputs(last, (const W*)m.head, o, V, at.own.tail, [&](int64_t b, f16 v) {
+        if (o + 16 <= V) put(logits + b * V + o, v);
+        else memcpy(logits + b * V + o, &v, (V - o) * sizeof(float));
+      });
+    };
+    if (last.few()) shared_out(team, id, units, head);
+    else taken(next++, units, head);
+  }
+
+  // A token's key and value of one head go into the cache; its queries and key are rotated.
+  void remember(const Places& at, const Layer& L, int64_t t, int64_t head) const {
+    const int64_t H = m.heads, K = m.kv_heads, d = m.head_dim, G = H / K, position = positions[t];
+    const float *cos = (const float*)m.cos + position * d, *sin = (const float*)m.sin + position * d;
+    float *key = at.kv + t * 2 * K * d + head * d, *value = key + K * d, *query = at.q + (t * H + head * G) * d;
+    norm_and_rotate(key, (const W*)L.k_norm, d, (float)m.eps, cos, sin);
+    for (int64_t g = 0; g < G; g++) norm_and_rotate(query + g * d, (const W*)L.q_norm, d, (float)m.eps, cos, sin);
+    const size_t place = (page_table[rows[t] * max_pages + position / 16] * (size_t)K + head) * d * 16;
+    for (int64_t i = 0; i < d; i++) put((W*)L.keys + place + i * 16 + position % 16, key[i]);
+    for (int64_t i = 0; i < d; i += 16) put((W*)L.values + place + (position % 16) * d + i, load(value + i));
+  }
+
+  // The queries of a run and of the heads that share key/value head `head`.
+  void attend_run(const Places& at, const Layer& L, Run run, int64_t head) const {
+    const int64_t H = m.heads, K = m.kv_heads, d = m.head_dim, G = H / K, stride = max_pages * 16;
+    const W *keys = (const W*)L.keys + head * d * 16, *values = (const W*)L.values + head * d * 16;
+    const int32_t* pages = page_table + rows[run.first] * max_pages;
+    for (int64_t begin = 0, end = run.count * G, n; begin < end; begin += n) {
+      Query queries[TOGETHER];
+      n = end - begin >= 8 ? 8 : end - begin >= 4 ? 4 : end - begin;
+      for (int64_t i = 0; i < n; i++) {
+        const int64_t t = run.first + (begin + i) / G, position = positions[t];
+        const int64_t first = L.window && position + 1 > L.window ? position + 1 - L.window : 0;
+        queries[i] = Query{at.q + (t * H + head * G + (begin + i) % G) * d, first, position + 1};
+      }
+      auto together = [&](auto attend_n) {
+        attend_n(queries, keys, values, (size_t)K * d * 16, pages, d, (float)m.scale, at.own.scores, stride,
+                 at.own.attended);
+      };
+      switch (n) {
+        case 8: together(attend<8, W>); break;
+        case 4: together(attend<4, W>); break;
+        case 3: together(attend<3, W>); break;
+        case 2: together(attend<2, W>); break;
+        default: together(attend<1, W>);
+      }
+      for (int64_t i = 0; i < n; i++) {
+        W* to = (W*)at.a + ((run.first + (begin + i) / G) * H + head * G + (begin + i) % G) * d;
+        for (int64_t c = 0; c < d; c += 16) put(to + c, load(at.own.attended + i * d + c));
+      }
+    }
+  }
+
+  static f16 silu(f16 x) {
+    const f16 bounded = where(x < splat(-80.f), splat(-80.f), x);
+    return x / (splat(1.f) + exp16(-bounded));
+  }
+
+  // Sixteen channels of silu(gate) * up.
+  void gate(const Places& at, const Inputs<W>& h, const W* gates, const W* ups, int64_t o, const Inputs<W>& out) const {
+    if (h.few()) {
+      f16 g[FEW];
+      sixteen_outputs(h, gates, o, m.intermediate, at.own.tail, [&](int64_t t, f16 v) { g[t] = silu(v); });
+      sixteen_outputs(h, ups, o, m.intermediate, at.own.tail, [&](int64_t t, f16 v) { put((W*)out.words + t * out.width + o, g[t] * v); });
+      return;
+    }
+    const int64_t words = h.num_words();
+    f16 g[16][4], u[16][4];
+    for (int64_t b0 = 0, blocks = (T + 15) / 16; b0 < blocks; b0 += 4) {
+      const int64_t n = blocks - b0 < 4 ? blocks - b0 : 4;
+      const u16* x = (const u16*)h.words + b0 * words;
+      many_tokens<W>(n, x, (const uint32_t*)gates + o * words, words, g);
+      many_tokens<W>(n, x, (const uint32_t*)ups + o * words, words, u);
+      for (int64_t b = 0; b < n; b++) {
+        f16 v[16];
+        for (int i = 0; i < 16; i++) v[i] = silu(g[i][b]) * u[i][b];
+        pack<W>(v, out.words + ((b0 + b) * out.num_words() + o / elements<W>) * 16);
+      }
+    }
+  }
+};
+
+// ---- sampling --------------------------------------------------------------------------------------------------------
+
+// e^(x*inverse_temperature - most) of a row into `out`, and their sum; lanes beyond V count nothing.
+double exponentials(const float* x, int64_t V, float inverse_temperature, float most, float* out) {
+  double total = 0;
+  int64_t v = 0;
+  for (; v + 16 <= V; v += 16) {
+    const f16 z = load(x + v) * inverse_temperature - most, e = where(z < splat(-87.f), f16{}, exp16(z));
+    *(f16*)(out + v) = e;
+    total += sum(e);
+  }
+  for (; v < V; v++) {
+    const float z = x[v] * inverse_temperature - most;
+    out[v] = z < -87.f ? 0 : exp16(splat(z))[0];
+    total += out[v];
+  }
+  return total;
+}
+
+int64_t argmax(const float* x, int64_t V) {
+  f16 most = splat(-__builtin_inff());
+  int64_t v = 0, best = 0;
+  for (; v + 16 <= V; v += 16) most = where(load(x + v) > most, load(x + v), most);
+  float highest = v ? most[0] : x[0];
+  for (int i = 1; v && i < 16; i++) highest = most[i] > highest ? most[i] : highest;
+  for (; v < V; v++) highest = x[v] > highest ? x[v] : highest;
+  while (best < V - 1 && x[best] != highest) best++;
+  return best;
+}
+
+// The first token at which the running sum of `weights` exceeds u times their sum `total`, 0 <= u < 1.
+int64_t inverse_cdf(const float* weights, int64_t V, double total, float u) {
+  const double target = u * total;
+  double before = 0;
+  int64_t v = 0, last = 0;
+  for (; v + 16 <= V; v += 16) {
+    const double after = before + sum(load(weights + v));
+    if (after > target) break;
+    before = after;
+  }
+  for (; v < V; v++) {
+    if (weights[v] > 0) last = v;  // rounding within a block may leave the target just out of reach
+    before += weights[v];
+    if (before > target && weights[v] > 0) return v;
+  }
+  return last;
+}
+
+}  // namespace
+
+// One token for each of D rows of logits [D, V] from its full distribution, with its log-probs at the row's temperature
+// and at 1. `inverse_temperatures` and `greedy` may be null (1 and false); `scratch` is [threads, V].
+extern "C" void sample_rows(const float* logits, int64_t rows, int64_t V, const float* inverse_temperatures,
+                            const uint8_t* greedy, const float* uniforms, int64_t* ids, float* log_probs,
+                            float* raw_log_probs, float* scratch, int64_t threads) {
+#pragma omp parallel num_threads((int)threads)
+  {
+    float* weights = scratch + omp_get_thread_num() * V;
+    const int64_t id = omp_get_thread_num(), size = omp_get_num_threads();
+    for (int64_t t = rows * id / size; t < rows * (id + 1) / size; t++) {
+      const float *x = logits + t * V, temper = inverse_temperatures ? inverse_temperatures[t] : 1.f;
+      const int64_t best = argmax(x, V);
+      const double total = exponentials(x, V, temper, x[best] * temper, weights);
+      const int64_t id = ids[t] = greedy && greedy[t] ? best : inverse_cdf(weights, V, total, uniforms[t]);
+      log_probs[t] = (float)((double)(x[id] * temper) - x[best] * temper - __builtin_log(total));
+      raw_log_probs[t] = log_probs[t];
+      if (temper != 1.f)
+        raw_log_probs[t] = (float)((double)x[id] - x[best] - __builtin_log(exponentials(x, V, 1.f, x[best], weights)));
+    }
+  }
+}
+
+// Bytes that `step` needs to work in, 64 of them for alignment.
+extern "C" int64_t step_bytes(const Model* m, int64_t T, int64_t B, int64_t max_pages) {
+  Scratch scratch{nullptr};
+  Places(*m, T, B, max_pages, scratch, (int)m->num_threads - 1);
+  return (int64_t)scratch.at + 64;
+}
+
+// T tokens of rows [T] at positions [T]: a row's tokens follow one another. Logits [B, V] of tokens `outputs` [B].
+#define STEP(name, W)                                                                                                  \
+  extern "C" void name(const Model* m, int64_t T, const int64_t* tokens, const int64_t* positions, const int64_t* rows, \
+                       const int32_t* page_table, int64_t max_pages, int64_t B, const int64_t* outputs, float* logits,  \
+                       char* memory) {                                                                                 \
+    memory = (char*)(((uintptr_t)memory + 63) / 64 * 64);                                                              \
+    Step<W>{*m, T, tokens, positions, rows, page_table, max_pages, B, outputs, logits, memory}.run();                  \
+  }
+STEP(step_float32, float)
+STEP(step_bfloat16, bf16)
