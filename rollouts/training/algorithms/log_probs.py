@@ -5,16 +5,19 @@ Shapes: B rows, S positions, T = B * S flat positions, N learned tokens, D hidde
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from rollouts.native import native_library
 from rollouts.training.sft_losses import DeferredLogits
 
-# Logits of one chunk, in elements: 2 Mi bfloat16 values are 4 MB.
-CHUNK_ELEMENTS = 1 << 21
+# Logits of one chunk, in elements: 4 Mi bfloat16 values are 8 MB.
+CHUNK_ELEMENTS = 1 << 22
 
 # What a forward pass may keep of its logits for the backward pass, in bytes. Chunks beyond it are computed again: one
 # more matrix product where three are needed otherwise.
@@ -131,35 +134,27 @@ class _TokenStatistics(torch.autograd.Function):
         ctx.wants, ctx.step = wants, max(64, CHUNK_ELEMENTS // vocab)
         ctx.general = wants.entropy_gradient or ref_logits is not None
         need_source, need_weight, need_bias = ctx.needs_input_grad[:3]
-        frozen_head = weight is not None and need_source and not need_weight and not need_bias
-        keep_products = frozen_head and not ctx.general
-        budget = KEEP_BYTES if weight is not None and (need_source or need_weight or need_bias) else 0
+        need_any = need_source or need_weight or need_bias
+        keep_products = weight is not None and not ctx.general and not need_weight and not need_bias
+        budget = KEEP_BYTES if weight is not None else 0  # given logits are there anyway
 
-        def column(wanted: bool) -> torch.Tensor | None:
+        def column(wanted: bool) -> Any:
             return source.new_empty(n_rows, dtype=torch.float32) if wanted else None
 
-        log_probs, log_z = source.new_empty(n_rows, dtype=torch.float32), column(ctx.general)
+        log_probs, log_z, full_kl = column(True), column(True), column(ref_logits is not None)
         entropy, collision = column(wants.entropy), column(wants.collision)
-        full_kl = column(ref_logits is not None)
         kept: list[torch.Tensor | None] = []
         for start in range(0, n_rows, ctx.step):
             chunk = slice(start, start + ctx.step)
             logits = _chunk_logits(source, weight, bias, rows[chunk])
-            of_chunk = torch.log_softmax(_scaled(logits, wants.scale), dim=1).clamp_(min=_IMPOSSIBLE)  # [n, V] float32
-            log_probs[chunk] = of_chunk.gather(1, targets[chunk, None])[:, 0]
-            if log_z is not None:
-                log_z[chunk] = _scaled(logits.gather(1, targets[chunk, None])[:, 0], wants.scale) - log_probs[chunk]
-            probs: Any = of_chunk.exp() if entropy is not None or collision is not None or full_kl is not None else None
-            if entropy is not None:
-                entropy[chunk] = -_row_products(probs, of_chunk)
-            if collision is not None:
-                collision[chunk] = _row_products(probs, probs)
+            columns = [None if x is None else x[chunk] for x in (log_probs, log_z, entropy, collision)]
             if full_kl is not None:
-                full_kl[chunk] = _row_products(probs, of_chunk - _reference(ref_logits[chunk], wants.scale))
-            if ctx.general:
-                keeps = logits
-            else:
-                keeps = _minus_one_at_(probs if probs is not None else of_chunk.exp_(), targets[chunk]).to(logits.dtype)
+                scores = torch.log_softmax(_scaled(logits, wants.scale), dim=1).clamp_(min=_IMPOSSIBLE)
+                full_kl[chunk] = _row_products(scores.exp(), scores - _reference(ref_logits[chunk], wants.scale))
+            gradient = _softmax_rows(logits, targets[chunk], wants.scale, need_any and not ctx.general, *columns)
+            if not need_any:
+                continue
+            keeps: Any = logits if ctx.general else gradient
             if keep_products:
                 kept.append(keeps @ weight)
             else:
@@ -221,9 +216,7 @@ class _TokenStatistics(torch.autograd.Function):
             elif mine is not None:
                 gradient = mine
             else:
-                scores = _scaled(_chunk_logits(source, weight, bias, at), scale)
-                probs = torch.softmax(scores, dim=1)
-                gradient = _minus_one_at_(probs, targets[chunk]).to(source.dtype)
+                gradient = _softmax_rows(_chunk_logits(source, weight, bias, at), targets[chunk], scale, True)
             narrow = factors.to(source.dtype) if factors is not None else None
             if weight is None:
                 grad_source[at] = gradient if narrow is None else gradient * narrow
@@ -268,6 +261,67 @@ def _row_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]
 
 
-def _minus_one_at_(probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The gradient of -log p(target): softmax minus one-hot, in place of ``probs`` [n, V]."""
-    return probs.scatter_add_(1, targets[:, None], probs.new_full((len(targets), 1), -1.0))
+def _softmax_rows(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    scale: float,
+    with_gradient: bool,
+    log_probs: torch.Tensor | None = None,
+    log_z: torch.Tensor | None = None,
+    entropy: torch.Tensor | None = None,
+    collision: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Fill those columns [n] float32 that are given from ``softmax(scale * logits)``.
+
+    ``with_gradient`` gives the gradient of -log p(target) in the scaled logits, softmax minus one-hot [n, V], in their
+    dtype; it may stand where the logits stood.
+    """
+    native = _native(logits)
+    if native is not None:
+        return native(logits, targets, scale, with_gradient, log_probs, log_z, entropy, collision)
+    scores = torch.log_softmax(_scaled(logits, scale), dim=1).clamp_(min=_IMPOSSIBLE)  # [n, V] float32
+    of_targets = scores.gather(1, targets[:, None])[:, 0]
+    if log_probs is not None:
+        log_probs.copy_(of_targets)
+    if log_z is not None:
+        log_z.copy_(_scaled(logits, scale).logsumexp(1))
+    if entropy is None and collision is None and not with_gradient:
+        return None
+    probs = scores.exp()
+    if entropy is not None:
+        entropy.copy_(-_row_products(probs, scores))
+    if collision is not None:
+        collision.copy_(_row_products(probs, probs))
+    if not with_gradient:
+        return None
+    return probs.scatter_add_(1, targets[:, None], probs.new_full((len(targets), 1), -1.0)).to(logits.dtype)
+
+
+def _native(logits: torch.Tensor) -> Any:
+    """``_softmax_rows`` compiled, for rows on the CPU; None where torch operators have to do."""
+    if logits.device.type != "cpu" or logits.dtype not in _NATIVE_NAMES or not len(logits):
+        return None
+    library = native_library(Path(__file__).with_suffix(".cpp"))
+    if library is None:
+        return None
+    function = getattr(library, _NATIVE_NAMES[logits.dtype])
+
+    def run(
+        logits: torch.Tensor, targets: torch.Tensor, scale: float, with_gradient: bool, *columns: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        n, vocab = logits.shape
+        threads = min(torch.get_num_threads(), n)
+        scratch = torch.empty(threads * (vocab + 16))
+        logits, targets = logits.contiguous(), targets.contiguous()
+        addresses = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (targets, *columns)]
+        function(
+            ctypes.c_void_p(logits.data_ptr()), ctypes.c_int64(n), ctypes.c_int64(vocab), ctypes.c_float(scale),
+            *addresses, ctypes.c_void_p(logits.data_ptr() if with_gradient else None),
+            ctypes.c_void_p(scratch.data_ptr()), ctypes.c_int64(threads),
+        )  # fmt: skip
+        return logits if with_gradient else None
+
+    return run
+
+
+_NATIVE_NAMES = {torch.float32: "token_rows_float32", torch.bfloat16: "token_rows_bfloat16"}

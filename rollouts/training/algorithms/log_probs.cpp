@@ -1,0 +1,129 @@
+// Statistics of softmax(scale * logits) row by row, and the gradient of -log p(target), in one visit to each row.
+//
+// Logits are float or bfloat16, everything between is float. A row's numbers do not depend on the number of threads.
+// Shapes: n rows, V vocabulary.
+
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+typedef float f16 __attribute__((vector_size(64), aligned(4)));  // sixteen floats
+typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t u16 __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
+typedef uint16_t bf16;
+
+const float IMPOSSIBLE = -1e30f;  // the log-probability of what cannot be sampled
+const float LOWEST = -87.f;       // e^-87 is float's smallest normal number
+
+inline f16 load(const float* p) { return *(const f16*)p; }
+inline f16 load(const bf16* p) { return (f16)(__builtin_convertvector(*(const h16*)p, u16) << 16); }
+inline float one(const float* p) { return *p; }
+inline float one(const bf16* p) {
+  uint32_t bits = (uint32_t)*p << 16;
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+inline void put(float* p, f16 x) { *(f16*)p = x; }
+inline void put(bf16* p, f16 x) {  // to the nearest, ties to even
+  const u16 bits = (u16)x;
+  *(h16*)p = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, h16);
+}
+inline void put(float* p, float x) { *p = x; }
+inline void put(bf16* p, float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  *p = (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline float sum(f16 v) {
+  float total = 0;
+  for (int i = 0; i < 16; i++) total += v[i];
+  return total;
+}
+
+// e^x for -87 <= x <= 0 to about 2e-7: 2^n from the exponent's bits times a polynomial of 2^f, |f| <= 1/2.
+inline f16 exponential(f16 x) {
+  const f16 t = x * 1.44269504f;
+  const f16 magic = f16{} + 12582912.f;  // 1.5 * 2^23: adding it rounds to a whole number
+  const f16 n = (t + magic) - magic, f = t - n;
+  f16 p = f * 1.54035e-4f + 1.33336e-3f;
+  p = p * f + 9.61813e-3f;
+  p = p * f + 5.55041e-2f;
+  p = p * f + 2.40226507e-1f;
+  p = p * f + 6.93147181e-1f;
+  p = p * f + 1.f;
+  return (f16)((i16)p + (__builtin_convertvector(n, i16) << 23));
+}
+
+template <class T>
+void rows(const T* logits, int64_t n, int64_t V, float scale, const int64_t* targets, float* log_probs, float* log_z,
+          float* entropy, float* collision, T* gradient, float* scratch, int64_t threads) {
+  const int64_t whole = V / 16 * 16, padded = (V + 15) / 16 * 16;
+#pragma omp parallel num_threads((int)threads)
+  {
+    float* weights = scratch + omp_get_thread_num() * padded;  // [V], filled up to a whole vector
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < n; r++) {
+      const T* x = logits + r * V;
+      f16 highest = f16{} - __builtin_inff();
+      for (int64_t v = 0; v < whole; v += 16) {
+        const f16 a = load(x + v);
+        highest = a > highest ? a : highest;
+      }
+      float top = -__builtin_inff();
+      for (int i = 0; i < 16; i++) top = highest[i] > top ? highest[i] : top;
+      for (int64_t v = whole; v < V; v++) top = one(x + v) > top ? one(x + v) : top;
+
+      f16 z = {}, dot = {}, squares = {};
+      for (int64_t v = 0; v < padded; v += 16) {
+        f16 a;
+        if (v < whole) {
+          a = load(x + v);
+        } else {
+          a = f16{} - __builtin_inff();
+          for (int64_t i = v; i < V; i++) a[i - v] = one(x + i);
+        }
+        a = (a - top) * scale;
+        a = a > LOWEST ? a : f16{} + LOWEST;
+        f16 e = exponential(a);
+        if (v >= whole)
+          for (int64_t i = V; i < padded; i++) e[i - v] = 0.f;
+        *(f16*)(weights + v) = e;
+        z += e;
+        dot += e * a;
+        squares += e * e;
+      }
+      const float total = sum(z), log_total = __builtin_logf(total), inverse = 1.f / total;
+      const int64_t y = targets[r];
+      const float log_prob = (one(x + y) - top) * scale - log_total;
+      if (log_probs) log_probs[r] = log_prob > IMPOSSIBLE ? log_prob : IMPOSSIBLE;
+      if (log_z) log_z[r] = log_total + top * scale;
+      if (entropy) entropy[r] = log_total - sum(dot) * inverse;
+      if (collision) collision[r] = sum(squares) * inverse * inverse;
+      if (gradient) {  // may stand where the logits stood: they have been read
+        T* g = gradient + r * V;
+        for (int64_t v = 0; v < whole; v += 16) put(g + v, load(weights + v) * inverse);
+        for (int64_t v = whole; v < V; v++) put(g + v, weights[v] * inverse);
+        put(g + y, weights[y] * inverse - 1.f);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+// Everything to be written may be null. scratch: threads * (V rounded up to 16) floats.
+extern "C" void token_rows_float32(const float* logits, int64_t n, int64_t V, float scale, const int64_t* targets,
+                                   float* log_probs, float* log_z, float* entropy, float* collision, float* gradient,
+                                   float* scratch, int64_t threads) {
+  rows(logits, n, V, scale, targets, log_probs, log_z, entropy, collision, gradient, scratch, threads);
+}
+
+extern "C" void token_rows_bfloat16(const bf16* logits, int64_t n, int64_t V, float scale, const int64_t* targets,
+                                    float* log_probs, float* log_z, float* entropy, float* collision, bf16* gradient,
+                                    float* scratch, int64_t threads) {
+  rows(logits, n, V, scale, targets, log_probs, log_z, entropy, collision, gradient, scratch, threads);
+}
