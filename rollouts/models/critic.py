@@ -23,5 +23,6 @@ def make_critic(model: PreTrainedModel) -> PreTrainedModel:
     value = nn.Linear(head.in_features, 1, bias=False, device=head.weight.device, dtype=head.weight.dtype)
     nn.init.zeros_(value.weight)
     critic.config.tie_word_embeddings = False
+    critic.all_tied_weights_keys = {}  # computed when the model was made; a checkpoint leaves out what it names
     critic.set_output_embeddings(value)
     return critic
