@@ -9,13 +9,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import rollouts
 from rollouts.errors import UserError
 
-# In the order in which a newcomer meets them; each is the module rollouts.cli.<verb> with add_parser() and run().
-VERBS = ("speedrun", "tokenizer", "pretrain", "sft", "rl", "data", "export", "serve")
+# In the order in which a newcomer meets them; each is a module of rollouts.cli with add_parser() and run().
+VERBS = ("speedrun", "tokenizer", "pretrain", "sft", "dpo", "reward-model", "rl", "data", "export", "serve", "chat")
 
 USAGE_ERROR = 2
 
@@ -39,8 +39,12 @@ def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     parser.add_argument("--version", action="version", version=f"rollouts {rollouts.__version__}")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
     for verb in VERBS:
-        importlib.import_module(f"rollouts.cli.{verb}").add_parser(subparsers)
+        verb_module(verb).add_parser(subparsers)
     return parser, dict(subparsers.choices)
+
+
+def verb_module(verb: str) -> Any:
+    return importlib.import_module(f"rollouts.cli.{verb.replace('-', '_')}")
 
 
 def split_overrides(argv: Sequence[str], flags: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -106,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args is None:
             return 0
         set_up_logging()
-        return importlib.import_module(f"rollouts.cli.{args.verb}").run(args)
+        return verb_module(args.verb).run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR

@@ -1,4 +1,4 @@
-"""What ``sft`` and ``pretrain`` do: from a recipe to a trained model in the run's folder, resuming what was begun."""
+"""What ``sft``, ``pretrain``, ``dpo`` and ``reward-model`` do: a recipe into a trained model, going on where it was."""
 
 from __future__ import annotations
 
@@ -104,7 +104,6 @@ def train(recipe: TrainingRecipe, is_new: bool, fork_step: Path | None, use_fsdp
     from rollouts.recipes import build
     from rollouts.recipes.run_folder import create_run
     from rollouts.training import distributed_utils as ranks
-    from rollouts.training import run_pretraining, run_sft_training
 
     build.require_loggers(recipe)
     device = ranks.init_process_group(parse_device(recipe.device)) if use_fsdp else parse_device(recipe.device)
@@ -121,9 +120,10 @@ def train(recipe: TrainingRecipe, is_new: bool, fork_step: Path | None, use_fsdp
         create_run(recipe, functools.partial(copy_checkpoint, fork_step) if fork_step else None)
     ranks.barrier()
     logger = build.build_loggers(recipe, config.num_steps) if ranks.is_main() else None
-    loop: Any = run_pretraining if recipe.kind == "pretrain" else run_sft_training
     try:
-        history = anyio.run(functools.partial(loop, backend, samples, config, logger, validation=validation))
+        history = anyio.run(
+            functools.partial(loop_of(recipe.kind), backend, samples, config, logger, validation=validation)
+        )
     finally:
         if logger is not None:
             logger.close()
@@ -133,6 +133,14 @@ def train(recipe: TrainingRecipe, is_new: bool, fork_step: Path | None, use_fsdp
         report = write_report(recipe, history)
         write_final(recipe, backend, weights)  # last: a run that has it is finished
         print(f"{recipe.run_dir}: {summarize(report)}; the model is in {Path(recipe.run_dir) / 'final'}")
+
+
+def loop_of(kind: str) -> Any:
+    """The training loop of a kind of recipe."""
+    from rollouts import training
+
+    names = {"pretrain": "run_pretraining", "dpo": "run_preference_training", "reward-model": "run_reward_training"}
+    return getattr(training, names.get(kind, "run_sft_training"))
 
 
 def copy_checkpoint(step: Path, run_folder: Path) -> None:
@@ -185,4 +193,6 @@ def summarize(report: Mapping[str, Any]) -> str:
         parts.append(f"loss {metrics['loss']['first']:.4f} -> {metrics['loss']['last']:.4f}")
     if "val_loss" in metrics:
         parts.append(f"validation loss {metrics['val_loss']['last']:.4f}")
+    if report["kind"] in ("dpo", "reward-model") and "val_accuracy" in metrics:
+        parts.append(f"held-out pairs in the right order {metrics['val_accuracy']['last']:.1%}")
     return ", ".join(parts)
