@@ -1,0 +1,154 @@
+"""``rollouts rl`` from a recipe to a model folder: a run, a resumed run, a fork, two ranks, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from rollouts.cli.main import main
+
+REWARD = """
+def share_of_bytes(sample):
+    ids = [token for token, learned in zip(sample.tokens, sample.loss_mask) if learned]
+    return sum(token < 256 for token in ids) / len(ids)
+
+share_of_bytes.isolation = "inline"
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model_dir: Path) -> Path:
+    """A recipe whose run takes seconds."""
+    words = "apple bridge candle dragon engine forest garden harbor".split()
+    rows = [{"prompt": f"Tell me about the {word}", "answer": word} for word in words]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "reward.py").write_text(REWARD)
+    values = {
+        "model": {"path": str(tiny_model_dir), "precision": "float32"},
+        "data": {"train": "prompts.jsonl", "validation": "prompts.jsonl"},
+        "reward": "reward.py:share_of_bytes",
+        "rollout": {"batch_size": 4, "n_samples_per_prompt": 4, "max_tokens": 6},
+        "train": {"num_steps": 4, "eval_every": 2, "checkpoint_every": 2},
+        "optimizer": {"lr": 1e-3},
+        "device": "cpu",
+        "run_dir": str(tmp_path / "run"),
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def rollouts_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_all_that_a_run_leaves(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = recipe.parent / "run"
+    assert main(["rl", str(recipe)]) == 0
+    assert "4 steps, reward" in capsys.readouterr().out
+    rows = metrics_of(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert "eval_reward" in rows[1] and "eval_reward" not in rows[2]
+    samples = rollouts_of(folder)
+    assert len(samples) == 4 * 16 and all(len(s["advantages"]) == len(s["tokens"]) for s in samples)
+    assert json.loads((folder / "report.json").read_text())["algorithm"] == "grpo"
+    assert sorted(p.name for p in (folder / "checkpoints").glob("step_*")) == ["step_000002", "step_000004"]
+    final = AutoModelForCausalLM.from_pretrained(folder / "final")
+    start = AutoModelForCausalLM.from_pretrained(yaml.safe_load(recipe.read_text())["model"]["path"])
+    assert any(not torch.equal(a, b) for a, b in zip(final.parameters(), start.parameters()))
+
+    assert main(["rl", str(recipe)]) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_goes_on_and_another_forks_from_it(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, whole, fork = (recipe.parent / name for name in ("run", "whole", "fork"))
+    assert main(["rl", str(recipe), "--run_dir", str(whole)]) == 0
+    # Stopped after its checkpoint of step 2: what a kill leaves is the folder without what came later.
+    assert main(["rl", str(recipe), "--train.num_steps", "2"]) == 0
+    (folder / "recipe.yaml").write_text((whole / "recipe.yaml").read_text().replace(str(whole), str(folder)))
+    subprocess.run(["rm", "-r", str(folder / "final")], check=True)
+    assert main(["rl", str(recipe)]) == 0
+    assert [row["step"] for row in metrics_of(folder)] == [1, 2, 3, 4]
+    assert rollouts_of(folder) == rollouts_of(whole)
+    a, b = (AutoModelForCausalLM.from_pretrained(run / "final") for run in (folder, whole))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+
+    assert main(["rl", str(recipe), "--run_dir", str(fork), "--fork-from", f"{whole}/checkpoints/step_000002"]) == 0
+    assert rollouts_of(fork) == [sample for sample in rollouts_of(whole) if sample["step"] > 2]
+    capsys.readouterr()
+    assert main(["rl", str(recipe), "--rollout.temperature", "0.5"]) == 2
+    assert "rollout.temperature" in capsys.readouterr().err
+
+
+def test_two_ranks_sample_and_learn_as_one(recipe: Path) -> None:
+    """Sharded over two ranks: the first samples with a copy of the weights, both learn; the run is the same."""
+    one, two = recipe.parent / "one", recipe.parent / "two"
+    assert main(["rl", str(recipe), "--run_dir", str(one), "--train.mini_batches", "2"]) == 0
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, "-m", "rollouts", "rl", recipe, "--run_dir", two, "--train.mini_batches", "2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [s["tokens"] for s in rollouts_of(one)[:16]] == [s["tokens"] for s in rollouts_of(two)[:16]]
+    for a, b in zip(metrics_of(one)[:1], metrics_of(two)[:1], strict=True):
+        for name in ("reward_mean", "loss", "grad_norm", "entropy", "mismatch_kl"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+    assert max(row["mismatch_kl"] for row in metrics_of(two)) < 1e-5  # the copy that samples is the one that learns
+    AutoModelForCausalLM.from_pretrained(two / "final")
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "prime", "remax", "dapo"])
+def test_algorithms_of_other_shapes_run(recipe: Path, algorithm: str) -> None:
+    overrides = ["--algorithm", algorithm, "--train.num_steps", "2", "--train.eval_every", "0"]
+    assert main(["rl", str(recipe), *overrides, "--train.value_steps", "0"]) == 0
+    assert all(row["grad_norm"] > 0 for row in metrics_of(recipe.parent / "run"))
+
+
+def test_overlap_and_lora(recipe: Path) -> None:
+    overrides = ["--rollout.max_staleness", "2", "--model.lora.r", "4", "--train.eval_every", "0"]
+    assert main(["rl", str(recipe), *overrides]) == 0
+    rows = metrics_of(recipe.parent / "run")
+    assert 0 < max(row["staleness_max"] for row in rows) <= 2
+    assert rows[0]["kl_ref"] == pytest.approx(0, abs=1e-6)
+    assert (recipe.parent / "run" / "adapter").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reward", "nothing.py:score"], "no file"),
+        (["--rollout.batchsize", "4"], "did you mean --rollout.batch_size?"),
+        (["--data.train", "missing.jsonl"], "missing.jsonl"),
+        (["--algorithm", "grpoo"], "algorithm"),
+    ],
+)
+def test_mistakes_cost_one_line_and_no_folder(
+    recipe: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["rl", str(recipe), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1
+    assert not (recipe.parent / "run").exists()
+
+
+def test_dry_run_prints_the_resolved_recipe(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rl", str(recipe), "--algorithm", "dapo", "--dry-run"]) == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert resolved["loss"]["eps_high"] == 0.28 and resolved["algorithm"] == "dapo"
+    assert not (recipe.parent / "run").exists()
