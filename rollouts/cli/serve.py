@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         finally:
             for one in served.values():
                 one.close()
+            gc.freeze()  # at exit Python would look for garbage among all of torch, for seconds
     return 0
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import uvicorn
 
@@ -15,15 +18,29 @@ from rollouts.serving.settings import Settings
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which says when it answers."""
+    """uvicorn's server, which says when it answers, and ends what runs when it is told to stop."""
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], object]) -> None:
+    def __init__(self, config: uvicorn.Config, models: Sequence[ServedModel], on_ready: Callable[[], object]) -> None:
         super().__init__(config)
+        self._models = models
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for served in self._models:
+            with suppress(RuntimeError):  # its engine has failed
+                await served.engine.abort_all()  # clients get what there is
+        await super().shutdown(sockets)
+
+
+class _NoCancellations(logging.Filter):
+    """Requests that are canceled when the server stops are no errors."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 def make_server(
@@ -40,10 +57,11 @@ def make_server(
         server_header=False,
         proxy_headers=False,  # a client could claim any address
         timeout_keep_alive=5,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=2,  # then what still runs is canceled
         h11_max_incomplete_event_size=1 << 16,
     )
-    return Server(config, on_ready)
+    logging.getLogger("uvicorn.error").addFilter(_NoCancellations())
+    return Server(config, list(models.values()), on_ready)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import anyio
 import anyio.to_thread
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from rollouts.errors import UserError
+from rollouts.inference.wake import current_wake
 from rollouts.serving.errors import RequestError
 from rollouts.serving.requests import read_request
 from rollouts.serving.served_model import ServedModel, find_model
@@ -112,13 +116,33 @@ def add_weight_routes(app: FastAPI, models: Mapping[str, ServedModel], settings:
 async def _change(served: ServedModel, change: Callable[[], object], message: str = "", **more: Any) -> Response:
     """Do it in a thread; what cannot be done is told as SGLang tells it, with ``success`` false."""
     try:
-        # A thread that waits for a trainer must not keep the server from stopping.
-        version = await anyio.to_thread.run_sync(change, abandon_on_cancel=True)
+        version = await _in_daemon_thread(change)
     except UserError as error:
         return JSONResponse({"success": False, "message": str(error)}, 400)
     if not message:
         message = f"weights of version {version} are served" if version is not None else "the weights are noted"
     return done(served, message, **more)
+
+
+async def _in_daemon_thread(work: Callable[[], object]) -> object:
+    """The result of what may wait long for a trainer: the thread is left behind when the server stops."""
+    finished, wake = anyio.Event(), current_wake()
+    results: list[object] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+        with suppress(RuntimeError):  # the server has stopped meanwhile
+            wake(finished.set)
+
+    threading.Thread(target=run, name="rollouts-weights", daemon=True).start()
+    await finished.wait()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def done(served: ServedModel, message: str, **more: Any) -> JSONResponse:

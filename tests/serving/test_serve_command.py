@@ -2,39 +2,113 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import openai
 import pytest
+from running_server import post_head
 
-import rollouts
 from rollouts.cli.main import main
 from rollouts.cli.serve import name_models
 from rollouts.errors import UserError
 
+Start = Callable[..., tuple[int, str]]
 
-def test_models_by_name(tiny_model_dir: Path) -> None:
-    command = [sys.executable, "-m", "rollouts", "serve", f"one={tiny_model_dir}", str(tiny_model_dir), "--port", "0"]
-    command += ["--precision", "float32", "--cache-mb", "16"]
-    process = subprocess.Popen(command, cwd=Path(rollouts.__file__).parents[1], stdout=subprocess.PIPE, text=True)
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Start]:
+    """``start(*arguments)``: `rollouts serve` in a process of its own; gives its id and its address once it answers."""
+    command = [sys.executable, str(Path(__file__).with_name("forking_command.py"))]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    stdin, stdout = process.stdin, process.stdout
+    assert stdin and stdout
+    children: list[int] = []
+
+    def start(*arguments: str) -> tuple[int, str]:
+        stdin.write(json.dumps(["serve", *arguments, "--precision", "float32", "--cache-mb", "16"]) + "\n")
+        stdin.flush()
+        children.append(int(stdout.readline()))
+        line = next(line for line in stdout if line.startswith("serving"))
+        return children[-1], line.split()[-1]
+
     try:
-        assert process.stdout is not None
-        line = next(line for line in process.stdout if line.startswith("serving"))
-        with openai.OpenAI(base_url=line.split()[-1] + "/v1", api_key="none", max_retries=0) as client:
-            names = [model.id for model in client.models.list()]
-            assert names == ["one", tiny_model_dir.name]
-            answers = {
-                client.completions.create(model=name, prompt="Anna", temperature=0).choices[0].text for name in names
-            }
-            assert len(answers) == 1
-        process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
+        assert stdout.readline() == "ready\n"
+        yield start
     finally:
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
         process.kill()
+        process.wait()
+
+
+def session(leader: int) -> list[int]:
+    """The processes of a session that still run."""
+    running = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == leader and fields[0] != "Z":
+                running.append(int(stat.parent.name))
+    return running
+
+
+def seconds_until_gone(leader: int, limit: float = 20) -> float:
+    started = time.perf_counter()
+    while session(leader) and time.perf_counter() - started < limit:
+        time.sleep(0.01)
+    return time.perf_counter() - started
+
+
+def test_models_by_name(start: Start, tiny_model_dir: Path) -> None:
+    pid, url = start(f"one={tiny_model_dir}", str(tiny_model_dir), "--port", "0")
+    with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
+        names = [model.id for model in client.models.list()]
+        assert names == ["one", tiny_model_dir.name]
+        answers = {
+            client.completions.create(model=name, prompt="Anna", temperature=0).choices[0].text for name in names
+        }
+        assert len(answers) == 1
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model=str(tiny_model_dir), prompt="Anna")
+    os.kill(pid, signal.SIGINT)
+    assert seconds_until_gone(pid) < 5
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_busy_server_stops_within_five_seconds(start: Start, tiny_model_dir: Path, kind: signal.Signals) -> None:
+    """With a stream, a request that waits for its whole answer, and one that waits for a trainer that never comes."""
+    pid, url = start(f"m={tiny_model_dir}", "--port", "0")
+    port = int(url.rpartition(":")[2])
+    endless = {"model": "m", "prompt": "a", "max_tokens": 4000, "ignore_eos": True}
+    group = {"master_address": "127.0.0.1", "master_port": 9, "rank_offset": 1, "world_size": 2, "backend": "gloo"}
+    requests = (
+        ("/v1/completions", {**endless, "stream": True}),
+        ("/v1/completions", {**endless, "n": 60}),
+        ("/init_weights_update_group", group),
+    )
+    clients = []
+    for path, body in requests:
+        content = json.dumps(body).encode()
+        clients.append(socket.create_connection(("127.0.0.1", port)))
+        clients[-1].sendall(post_head(path, len(content)) + content)
+    assert clients[0].recv(4096).startswith(b"HTTP/1.1 200")
+    assert session(pid) == [pid]
+    os.kill(pid, kind)
+    assert seconds_until_gone(pid) < 5
+    with socket.create_server(("127.0.0.1", port)):
+        pass  # the port is free
+    for client in clients:
+        client.close()
 
 
 def test_names(tmp_path: Path) -> None:
