@@ -15,7 +15,12 @@ from rollouts.serving.served_model import ServedModel
 from rollouts.serving.server import bind, make_server
 from rollouts.serving.settings import Settings
 
-TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "add", "description": "Add", "parameters": {"type": "object", "properties": {}}},
+    }
+]
 CALL = {"type": "function", "id": "c", "function": {"name": "add", "arguments": {"a": 2, "b": 3}}}
 MARKDOWN = "A **bold** word and $x^2$.\n\n```python\nprint(1)\n```"
 

@@ -174,7 +174,13 @@ def test_stored_conversations(open_page: Any) -> None:
         top = [{"text": vector, "logprob": -1}, {"text": "x", "logprob": vector}]
         token = {"text": vector, "logprob": -1, "top": top}
         call = {"id": vector, "name": vector, "arguments": f'{{"a": {vector!r}}}', "result": vector}
-        step = {"content": vector, "reasoning": vector, "calls": [call], "finish": vector, "usage": {"completion_tokens": vector}}
+        step = {
+            "content": vector,
+            "reasoning": vector,
+            "calls": [call],
+            "finish": vector,
+            "usage": {"completion_tokens": vector},
+        }
         return {
             "id": vector, "title": vector, "system": vector, "tools": vector, "models": [vector, 7, None],
             "settings": {"temperature": vector, "stop": [vector], vector: vector, "__proto__": {"polluted": 1}},

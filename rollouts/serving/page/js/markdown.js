@@ -13,20 +13,24 @@ const TEXT_TAGS = [
   "a", "blockquote", "br", "code", "del", "div", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre", "s",
   "span", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul",
 ];
+const PLAIN_ATTRIBUTES = ["class", "start"]; // those that hold no address: the rule for links is not for them
 const RULES = {
   ALLOWED_TAGS: TEXT_TAGS,
-  ALLOWED_ATTR: ["href", "class", "start"],
+  ALLOWED_ATTR: ["href", ...PLAIN_ATTRIBUTES],
+  ADD_URI_SAFE_ATTR: PLAIN_ATTRIBUTES,
   ALLOWED_URI_REGEXP: LINKS,
   ALLOW_DATA_ATTR: false,
 };
 // What KaTeX draws: spans with lengths, and the curves of roots and braces.
+const DRAWING_ATTRIBUTES = [
+  "style", "role", "aria-label", "aria-hidden", "target", "rel", "xmlns", "width", "height", "viewBox", "preserveAspectRatio",
+  "d", "x1", "x2", "y1", "y2", "stroke-width",
+];
 const FINAL_RULES = {
   ...RULES,
   ALLOWED_TAGS: [...TEXT_TAGS, "svg", "path", "line"],
-  ALLOWED_ATTR: [
-    ...RULES.ALLOWED_ATTR, "style", "role", "aria-label", "aria-hidden", "target", "rel", "xmlns", "width", "height", "viewBox",
-    "preserveAspectRatio", "d", "x1", "x2", "y1", "y2", "stroke-width",
-  ],
+  ALLOWED_ATTR: [...RULES.ALLOWED_ATTR, ...DRAWING_ATTRIBUTES],
+  ADD_URI_SAFE_ATTR: [...PLAIN_ATTRIBUTES, ...DRAWING_ATTRIBUTES],
   IN_PLACE: true,
 };
 
