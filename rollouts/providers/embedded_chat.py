@@ -117,7 +117,7 @@ def _completion(
     text = completion_text(tokenizer, sample)
     calls: tuple[ToolCall, ...] = ()
     if with_tools:
-        text, calls = _split_calls(text)
+        text, calls = split_calls(text)
     stop = {StopReason.LENGTH: ChatStop.LENGTH, StopReason.ABORTED: ChatStop.ABORTED}.get(
         sample.stop_reason, ChatStop.TOOL_CALLS if calls else ChatStop.STOP
     )
@@ -133,7 +133,7 @@ def _completion(
     )
 
 
-def _split_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
+def split_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
     """The content and the calls of a whole text; what stands where a call should and is none becomes an error."""
     from rollouts.serving.tool_calls import ToolCallSplitter
 
