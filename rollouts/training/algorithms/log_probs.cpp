@@ -38,10 +38,21 @@ inline void put(bf16* p, float x) {
   memcpy(&bits, &x, 4);
   *p = (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+// Every lane becomes the sum, or the highest, of all sixteen.
+const i16 NEIGHBORS[4] = {{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14},
+                          {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13},
+                          {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11},
+                          {8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}};
 inline float sum(f16 v) {
-  float total = 0;
-  for (int i = 0; i < 16; i++) total += v[i];
-  return total;
+  for (int i = 0; i < 4; i++) v += __builtin_shuffle(v, NEIGHBORS[i]);
+  return v[0];
+}
+inline float highest_of(f16 v) {
+  for (int i = 0; i < 4; i++) {
+    const f16 other = __builtin_shuffle(v, NEIGHBORS[i]);
+    v = v > other ? v : other;
+  }
+  return v[0];
 }
 
 // e^x for -87 <= x <= 0 to about 2e-7: 2^n from the exponent's bits times a polynomial of 2^f, |f| <= 1/2.
@@ -73,8 +84,7 @@ void rows(const T* logits, int64_t n, int64_t V, float scale, const int64_t* tar
         const f16 a = load(x + v);
         highest = a > highest ? a : highest;
       }
-      float top = -__builtin_inff();
-      for (int i = 0; i < 16; i++) top = highest[i] > top ? highest[i] : top;
+      float top = highest_of(highest);
       for (int64_t v = whole; v < V; v++) top = one(x + v) > top ? one(x + v) : top;
 
       f16 z = {}, dot = {}, squares = {};

@@ -198,7 +198,7 @@ class _TokenStatistics(torch.autograd.Function):
             mine: Any = next(kept) if ctx.has[i] else None
             factors = (grad_log_probs[chunk] * -scale)[:, None]  # [n, 1]
             if ctx.keep_products:
-                grad_source[at] = mine * factors.to(mine.dtype)
+                grad_source.index_copy_(0, at, mine * factors.to(mine.dtype))
                 continue
             if ctx.general:
                 logits = mine if mine is not None else _chunk_logits(source, weight, bias, at)
@@ -219,13 +219,13 @@ class _TokenStatistics(torch.autograd.Function):
                 gradient = _softmax_rows(_chunk_logits(source, weight, bias, at), targets[chunk], scale, True)
             narrow = factors.to(source.dtype) if factors is not None else None
             if weight is None:
-                grad_source[at] = gradient if narrow is None else gradient * narrow
+                grad_source.index_copy_(0, at, gradient if narrow is None else gradient * narrow)
                 continue
             if grad_source is not None:
                 product = gradient @ weight
-                grad_source[at] = product if narrow is None else product.mul_(narrow)
+                grad_source.index_copy_(0, at, product if narrow is None else product.mul_(narrow))
             if grad_weight is not None:
-                inputs = source[at]
+                inputs = source.index_select(0, at)
                 grad_weight += gradient.T @ (inputs if narrow is None else inputs.mul_(narrow))
             if grad_bias is not None:
                 grad_bias += gradient.sum(0, dtype=torch.float32) if narrow is None else (gradient.T @ narrow)[:, 0]
@@ -242,7 +242,7 @@ def _chunk_logits(
     source: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, rows: torch.Tensor
 ) -> torch.Tensor:
     """Logits [n, V] of some rows of hidden states [T, D], or of logits [T, V] when there is no weight."""
-    picked = source[rows]
+    picked = source.index_select(0, rows)
     return picked if weight is None else F.linear(picked, weight, bias)
 
 
