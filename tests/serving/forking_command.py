@@ -1,7 +1,8 @@
 """`rollouts` commands as processes of their own that share one import of torch: it is forked for each.
 
-Usage: forking_command.py, then a JSON list of arguments a line. Each line is answered by the process id of a child,
-whose output follows. The child is its own session, so that whatever it starts can be found.
+Usage: forking_command.py MODEL_FOLDER, then a JSON list of arguments a line. The model is loaded once and dropped,
+which imports all that is needed. Each line is answered by the process id of a child, whose output follows. The child
+is its own session, so that whatever it starts can be found.
 """
 
 from __future__ import annotations
@@ -11,16 +12,13 @@ import os
 import signal
 import sys
 
-from rollouts.cli import serve  # noqa: F401
 from rollouts.cli.main import main
-from rollouts.models import load  # noqa: F401
+from rollouts.models.load import load_hf_model
 from rollouts.serving import server  # noqa: F401
 
 
 def run() -> None:
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
-
+    load_hf_model(sys.argv[1], "cpu", "float32")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children that end leave nothing behind
     print("ready", flush=True)
     while line := os.read(0, 1 << 16):
