@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from aviary_server import MARKDOWN, TOOLS, Aviary, serving
 from page_driver import Driver
+from scripted_server import in_pieces, scripted
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rollouts.serving.settings import Settings
@@ -239,6 +240,52 @@ def test_markdown_code_and_mathematics(drive: Callable[..., Driver]) -> None:
     assert chat.page.evaluate("navigator.clipboard.readText()") == "print(1)\n"
     chat.page.locator(".reply-foot").get_by_label("Copy").click()
     assert chat.page.evaluate("navigator.clipboard.readText()") == MARKDOWN
+
+
+def test_everything_that_markdown_can_say(drive: Callable[..., Driver]) -> None:
+    text = r"""<think>hm</think>3. three
+4. four
+
+| a | b |
+|---|---|
+| $\sqrt{x}$ | ~~old~~ |
+
+$$
+\begin{aligned}
+a &= b \\
+- c &= d
+\end{aligned}
+$$
+
+It costs $5 or $6. \(y\) and \[z\] and $\notacommand{x}$ and ![a picture](https://ok.example/a.png).
+
+> [a link](https://ok.example/) <b>no markup</b>
+
+```js
+const a = "1";
+```
+"""
+    with scripted(["m"], lambda body: in_pieces(text, 7)) as url:
+        chat = drive(url)
+        chat.ask("go")
+        body = chat.page.locator(".reply-body")
+        assert body.locator("ol").get_attribute("start") == "3"
+        root = body.locator("td svg path").first
+        assert len(root.get_attribute("d")) > 50 and root.bounding_box()["height"] > 5  # KaTeX draws roots as curves
+        assert body.locator("td s").inner_text() == "old"
+        assert body.locator(".math").count() == 5 and body.locator(".math.display").count() == 2
+        assert body.locator(".math.broken").inner_text() == r"\notacommand{x}"
+        assert "It costs $5 or $6." in body.inner_text() and "<b>no markup</b>" in body.inner_text()
+        links = body.locator("a").evaluate_all("l => l.map(e => [e.href, e.target, e.rel, e.innerText])")
+        assert links == [
+            [f"https://ok.example/{path}", "_blank", "noopener noreferrer nofollow", name]
+            for path, name in (("a.png", "a picture"), ("", "a link"))
+        ]
+        assert body.locator("pre .hljs-keyword").inner_text() == "const" and body.locator("img").count() == 0
+        thought = body.locator("details.thought")
+        assert thought.get_attribute("open") is None and not thought.locator("p").is_visible()
+        thought.locator("summary").click()
+        assert thought.locator("p").inner_text() == "hm"
 
 
 def test_token_probabilities(chat: Driver, aviary: Aviary) -> None:

@@ -86,6 +86,15 @@ def store(driver: Driver, *conversations: dict[str, Any]) -> None:
     driver.load()
 
 
+def click_all(driver: Driver, selector: str) -> None:
+    """Click every such button, each of which may be drawn anew meanwhile."""
+    count = driver.page.locator(selector).count()
+    driver.page.evaluate(
+        "([selector, count]) => { for (let i = 0; i < count; i++) document.querySelectorAll(selector)[i].click() }",
+        [selector, count],
+    )
+
+
 def reply(content: str, model: str = "m", **step: Any) -> dict[str, Any]:
     return {"model": model, "versions": [{"steps": [{"content": content, **step}]}]}
 
@@ -200,16 +209,20 @@ def test_stored_conversations(open_page: Any) -> None:
 
     with scripted(["m"], lambda body: []) as url:
         driver = open_page(url)
-        for start in range(0, len(VECTORS), 40):
-            some = VECTORS[start : start + 40]
+        for start in range(0, len(VECTORS), 125):
+            some = VECTORS[start : start + 125]
             whole = {"id": "all", "turns": [turn for vector in some for turn in hostile(vector)["turns"][:1]]}
             store(driver, *map(hostile, some), whole)
-            for toggle in ("Earlier version", "Show tokens"):
-                for button in driver.page.get_by_label(toggle).all()[:: 10 if toggle == "Show tokens" else 1]:
-                    button.evaluate("button => button.click()")
+            assert driver.page.locator(".turn").count() == len(some)
+            tokens = driver.page.locator(".token")  # the later version is shown first
+            assert tokens.count() == len(some)
+            for i in range(0, len(some), 25):
+                tokens.nth(i).focus()
+            click_all(driver, '[aria-label="Show tokens"]')
+            inspect(driver)
+            click_all(driver, '[aria-label="Earlier version"]')  # with calls, thoughts and errors
             driver.page.locator("details").evaluate_all("list => list.forEach((one) => (one.open = true))")
-            if driver.page.locator(".token").count():
-                driver.page.locator(".token").first.focus()
+            assert driver.page.locator(".call pre").count() >= len(some)
             inspect(driver)
             driver.page.locator(".conversation").first.click()
             driver.page.click("#settings-button")
