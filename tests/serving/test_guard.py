@@ -145,3 +145,23 @@ def test_slow_heads_and_bodies_are_dropped(small_server: Any) -> None:
     seconds, said = seconds_until_closed(small_server, post_head("/v1/completions", 1000), b" ")
     assert b" 408 " in said.split(b"\r\n")[0]
     assert seconds < 5
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{% for m in messages %}{{ m.update({'role': 'x'}) }}{% endfor %}",
+        "{{ cycler.__init__.__globals__.os.popen('touch canary').read() }}",
+    ],
+)
+def test_templates_render_in_a_sandbox(
+    server: Any, template: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One that came with a model and reaches for Python is an error of the request, and nothing runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(server.served.tokenizer, "chat_template", template)
+    response = server.post("/v1/chat/completions", model="tiny", messages=[{"role": "user", "content": "x"}])
+    assert response.status_code == 400 and response.json()["error"]["param"] == "messages", response.text
+    assert not list(tmp_path.iterdir())
