@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]  # weights and text; no pickles, no Python
+_LOADING = threading.Lock()  # transformers swaps functions of its own meanwhile, such as the tying of weights
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -191,14 +193,15 @@ def load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel | PeftMode
     is_classifier = str(named[0]).endswith("ForSequenceClassification")
     kind: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
     try:
-        model, info = kind.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with _LOADING:
+            model, info = kind.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # a damaged file surfaces as any of a dozen types
         raise UserError(f"the model in {folder} cannot be loaded: {_first_line(error)}") from error
     if info["missing_keys"]:  # transformers would go on with random values
