@@ -10,6 +10,7 @@ _HOME = {
     "symbolic": ("symbolic_math",),
     "shape": ("answer_format", "length", "overlong"),
     "judge": ("llm_judge",),
+    "reward_model": ("RewardModel",),
     "registry": ("REWARDS", "RewardSpec", "load_reward", "load_rewards"),
     "runner": ("RewardFault", "RewardReport", "RewardRunner", "score_samples"),
 }

@@ -15,7 +15,7 @@ from typing import Any
 
 from rollouts.errors import UserError
 from rollouts.training.functions import load_function, nearest
-from rollouts.training.rewards import answers, judge, shape, symbolic
+from rollouts.training.rewards import answers, judge, reward_model, shape, symbolic
 from rollouts.training.types import Sample
 
 Reward = float | dict[str, float]
@@ -32,10 +32,11 @@ REWARDS: dict[str, Callable[..., Any]] = {
     "length": shape.length,
     "overlong": shape.overlong,
     "judge": judge.llm_judge,
+    "reward_model": reward_model.reward_model,
 }
 # Linear in the response's length and our own: nothing in them can hang, so they need no process around them. A user's
 # pattern can (regex), and so can algebra (math).
-CHEAP = frozenset(REWARDS.values()) - {symbolic.symbolic_math, answers.regex}
+CHEAP = frozenset(REWARDS.values()) - {symbolic.symbolic_math, answers.regex, reward_model.reward_model}
 
 
 @dataclass(frozen=True)

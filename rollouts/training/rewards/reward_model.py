@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ class RewardModel:
         path: the folder of a reward model (``rollouts reward-model`` writes one; any sequence classifier of
             transformers with one label is one); or a loaded model, with ``tokenizer`` beside it.
         device, dtype: where and how precisely to compute.
-        scale, shift: the reward is ``scale * (score - shift)``.
         tokenizer: None takes the folder's.
         same_tokens: the policy's tokens are the reward model's: score exactly what was sampled. False renders the
             prompt and the response's text by the reward model's own template, as every other model needs.
@@ -33,8 +33,6 @@ class RewardModel:
         *,
         device: str | None = "auto",
         dtype: str = "bfloat16",
-        scale: float = 1.0,
-        shift: float = 0.0,
         tokenizer: Any = None,
         same_tokens: bool = False,
     ) -> None:
@@ -45,8 +43,7 @@ class RewardModel:
             tokenizer = tokenizer if tokenizer is not None else loaded
         else:
             self.model = path
-        self.tokenizer = tokenizer
-        self.scale, self.shift, self.same_tokens = scale, shift, same_tokens
+        self.tokenizer, self.same_tokens = tokenizer, same_tokens
         self._lock = threading.Lock()
         self.__name__ = "reward_model"
 
@@ -59,8 +56,7 @@ class RewardModel:
         position = scored_position(tokens, self.model.config.pad_token_id)
         inputs = torch.tensor([tokens[: position + 1]], device=self.model.device)
         with self._lock, torch.inference_mode():
-            score = self.model(input_ids=inputs, use_cache=False).logits[0, 0].float().item()
-        return self.scale * (score - self.shift)
+            return self.model(input_ids=inputs, use_cache=False).logits[0, 0].float().item()
 
     def _render(self, sample: Sample) -> list[int]:
         from rollouts.training.datasets.sft import encode_renderings, render_conversation
@@ -69,3 +65,23 @@ class RewardModel:
         messages = [*prompt, {"role": "assistant", "content": sample.response}]
         rendering = render_conversation({"messages": messages, "tools": sample.metadata.get("tools")}, self.tokenizer)
         return encode_renderings([rendering], self.tokenizer)[0][0].tolist()
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(path: str, device: str, dtype: str, same_tokens: bool) -> RewardModel:
+    return RewardModel(path, device=device, dtype=dtype, same_tokens=same_tokens)
+
+
+def reward_model(
+    sample: Sample, *, path: str, device: str = "auto", dtype: str = "bfloat16", same_tokens: bool = False
+) -> float:
+    """The score that the reward model in ``path`` gives; see ``RewardModel``. It is loaded once, before the first."""
+    return _loaded(path, device, dtype, same_tokens)(sample)
+
+
+def _prepare(path: str, device: str = "auto", dtype: str = "bfloat16", same_tokens: bool = False) -> None:
+    _loaded(path, device, dtype, same_tokens)
+
+
+reward_model.isolation = "thread"  # type: ignore[attr-defined]
+reward_model.prepare = _prepare  # type: ignore[attr-defined]

@@ -14,11 +14,15 @@ Where a reward runs (``isolation``):
   synchronous ones at once, without a limit.
 - "auto" (default): async functions and the shipped rewards that cannot hang run inline, a function with an attribute
   ``isolation`` runs as that says, and everything else, so every user's function, runs in a process.
+
+A function with an attribute ``prepare`` has it called with its options before the first sample, without a time limit:
+for what takes long to load.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import os
@@ -33,6 +37,7 @@ from typing import Any
 import anyio
 import anyio.from_thread
 import anyio.lowlevel
+import anyio.to_thread
 
 from rollouts.errors import UserError
 from rollouts.training.rewards.process_pool import ProcessPool, Unsendable, WorkerDied
@@ -131,6 +136,10 @@ class RewardRunner:
         self._slots: anyio.CapacityLimiter | None = None
 
     async def __aenter__(self) -> RewardRunner:
+        for reward in self.rewards:
+            if prepare := getattr(unwrapped(reward.function), "prepare", None):
+                options = getattr(reward.function, "keywords", {})  # of a functools.partial
+                await anyio.to_thread.run_sync(functools.partial(prepare, **options))
         self._slots = anyio.CapacityLimiter(self._max_concurrent)
         return self
 

@@ -27,7 +27,7 @@ from rollouts.training.backends import OptimizerConfig, PyTorchTrainingBackend, 
 from rollouts.training.checkpoints import find_latest
 from rollouts.training.datasets.preferences import PreferencePair, load_preference_dataset
 from rollouts.training.loops.reward_loop import RewardTrainingConfig, run_reward_training, scored_position
-from rollouts.training.rewards import score_samples
+from rollouts.training.rewards import RewardSpec, score_samples
 from rollouts.training.rewards.reward_model import RewardModel
 from rollouts.training.types import Sample
 
@@ -181,6 +181,7 @@ def test_a_reward_model_is_a_reward(make_tiny_model: MakeModel, tiny_tokenizer: 
     for reward in (
         RewardModel(tmp_path / "rm", device="cpu", dtype="float32"),
         RewardModel(model, tokenizer=tiny_tokenizer, same_tokens=True),
+        RewardSpec("reward_model", options={"path": str(tmp_path / "rm"), "device": "cpu", "dtype": "float32"}),
     ):
         report = anyio.run(lambda reward=reward: score_samples(samples, reward))
         assert report.failed == 0
