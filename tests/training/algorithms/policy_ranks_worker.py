@@ -1,0 +1,82 @@
+"""One rank of a policy update, or the only one: python policy_ranks_worker.py FOLDER writes FOLDER/<ranks>.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from rollouts.training.algorithms.corrections import named_correction
+from rollouts.training.algorithms.policy_losses import PolicyLossConfig, make_policy_loss
+from rollouts.training.backends import FSDPConfig, OptimizerConfig, create_fsdp_backend, create_pytorch_backend
+from rollouts.training.loops.rl_batches import collate_rl_step
+from rollouts.training.types import Sample
+
+LOSSES = {
+    "gspo": PolicyLossConfig("gspo", eps_low=0.05, eps_high=0.07, kl_coef=0.1, entropy_coef=0.01),
+    "ppo_clip": PolicyLossConfig(correction=named_correction("tis"), aggregation="seq-mean-token-mean"),
+}
+
+
+def make_model(tied: bool) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 127, "hidden_size": 32, "intermediate_size": 47, "num_hidden_layers": 2, "head_dim": 16}
+    return Qwen3ForCausalLM(
+        Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied)
+    )
+
+
+def make_samples() -> tuple[list[Sample], dict[str, list[np.ndarray]]]:
+    rng = np.random.default_rng(0)
+    samples, columns = [], {"old_log_probs": [], "ref_log_probs": []}  # type: ignore[var-annotated]
+    for i in range(5):
+        n = int(rng.integers(6, 20))
+        mask = [0.0, 0.0, *[1.0] * (n - 2)]
+        near_uniform = -4.8 + 0.2 * rng.normal(size=n)
+        samples.append(
+            Sample(
+                tokens=rng.integers(0, 127, n).tolist(), loss_mask=mask, advantages=rng.normal(size=n).tolist(),
+                rollout_log_probs=near_uniform.tolist(), reward=0.0, id=str(i),
+            )
+        )  # fmt: skip
+        for column in columns.values():
+            column.append(-4.8 + 0.1 * rng.normal(size=n - 2))
+    return samples, columns
+
+
+def update(ranks: int, name: str, tied: bool) -> dict[str, Any]:
+    """Metrics of one optimizer step, and a digest of the weights after it."""
+    options: dict[str, Any] = {
+        "precision": "float32", "device": "cpu", "optimizer": OptimizerConfig("adamw", lr=3e-3),
+        "loss_fn": make_policy_loss(LOSSES[name]),
+    }  # fmt: skip
+    if ranks > 1:
+        config = FSDPConfig("FULL_SHARD", mixed_precision=False)
+        backend: Any = create_fsdp_backend(make_model(tied), config=config, **options)
+    else:
+        backend = create_pytorch_backend(make_model(tied), **options)
+    samples, columns = make_samples()
+    batches, _ = collate_rl_step(samples, range(5), 24, columns, backend.rank, backend.world_size)
+    metrics = backend.forward_backward(batches).wait()
+    backend.optim_step().wait()
+    weights = {
+        n: [w.double().sum().item(), w.double().abs().sum().item()] for n, w in backend.get_weights().wait().items()
+    }
+    return {"metrics": metrics, "weights": weights}
+
+
+def main(folder: Path, ranks: int) -> None:
+    found = {f"{name} {tied}": update(ranks, name, tied) for name in LOSSES for tied in (True, False)}
+    if ranks == 1 or torch.distributed.get_rank() == 0:
+        (folder / f"{ranks}.json").write_text(json.dumps(found))
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), 2)
