@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import anyio.lowlevel
 
 from rollouts.errors import UserError
-from rollouts.inference.protocol import InferenceEngine
+from rollouts.inference.protocol import InferenceEngine, UpdateMode
 from rollouts.training import distributed_utils as ranks
 from rollouts.training.algorithms.policy_losses import PolicyLossConfig, make_policy_loss
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
@@ -39,6 +39,7 @@ from rollouts.training.rewards.runner import RewardRunner
 from rollouts.training.rollout_gen.ledger import copy_sample
 from rollouts.training.rollout_gen.manager import AsyncRolloutManager
 from rollouts.training.types import RLTrainingConfig, RolloutBatch, Sample
+from rollouts.training.weight_sync import WeightSyncManager, sync_weights_to_engines
 
 Evaluate = Callable[[int], Awaitable[dict[str, float]]]
 
@@ -47,7 +48,7 @@ async def run_rl_training(
     backend: PyTorchTrainingBackend,
     data_buffer: DataBuffer[Any] | None,
     rollout_manager: RolloutSource | None,
-    inference_engines: Sequence[InferenceEngine],
+    inference_engines: Sequence[InferenceEngine] | WeightSyncManager,
     config: RLTrainingConfig,
     metrics_logger: MetricsLogger | None = None,
     *,
@@ -68,8 +69,8 @@ async def run_rl_training(
         backend: the policy; its loss is set from ``config.loss``.
         data_buffer: the prompts; None or the rollout manager's own.
         rollout_manager: makes the batches, on rank 0; None on the other ranks, which are sent them.
-        inference_engines: get the new weights every ``config.sync_every`` steps. An engine that was made over the
-            backend's own model reads them where they lie.
+        inference_engines: get the new weights every ``config.sync_every`` steps, and version and checksum are read
+            back. An engine that was made over the backend's own model reads them where they lie.
         metrics_logger: gets every step's metrics on rank 0; None prints lines.
         reference: the policy that KL is measured against: a ``FrozenModel``, or ``BaseModel`` beneath an adapter.
         critic: a backend over ``make_critic`` with ``make_value_loss``; its values are what ``gae`` needs.
@@ -111,6 +112,8 @@ async def run_rl_training(
         step = state["step"]
         await publish(state["metrics"])
         history = [state["metrics"]] if step >= config.num_steps else []
+    elif backend.world_size > 1 or not all(shares_model(e, backend) for e in _engines_of(inference_engines)):
+        await sync_weights(backend, inference_engines, step, config)
 
     async with _entered(rollout_manager), _judge(reward_fn) as judge:
         while step < config.num_steps:
@@ -211,22 +214,30 @@ async def next_batch(source: RolloutSource | None, judge: RewardRunner | None) -
 
 
 async def sync_weights(
-    backend: PyTorchTrainingBackend, engines: Sequence[InferenceEngine], version: int, config: RLTrainingConfig
+    backend: PyTorchTrainingBackend,
+    engines: Sequence[InferenceEngine] | WeightSyncManager,
+    version: int,
+    config: RLTrainingConfig,
 ) -> None:
     """Have every engine serve the backend's weights as ``version``; samples in flight go on only if they may be stale.
 
     Raises:
-        RuntimeError: an engine serves another version afterwards.
+        WeightSyncError: an engine serves something else afterwards (of a ``WeightSyncManager``: every engine).
     """
     backend.model.eval()  # an engine over this very model samples without dropout
+    mode: UpdateMode = "continue" if config.max_staleness > 0 else "drain"
+    sharing = [engine for engine in _engines_of(engines) if shares_model(engine, backend)]
+    others = [engine for engine in _engines_of(engines) if not shares_model(engine, backend)]
     weights = None
-    if backend.world_size > 1 or not all(shares_model(engine, backend) for engine in engines):
+    if others or backend.world_size > 1:
         weights = await perform(backend.get_weights, config)  # every rank takes part in gathering them
-    for engine in engines:
-        given = None if shares_model(engine, backend) else weights
-        await engine.update_weights(given, version, "continue" if config.max_staleness > 0 else "drain")
-        if (served := await engine.get_weight_version()) != version:
-            raise RuntimeError(f"after a weight update to version {version}, {engine} serves version {served}")
+    if isinstance(engines, WeightSyncManager):
+        await engines.sync(weights, version, mode)
+        return
+    if sharing:
+        await sync_weights_to_engines(sharing, None, version, mode=mode)
+    if others:
+        await sync_weights_to_engines(others, weights, version, mode=mode)
 
 
 def shares_model(engine: InferenceEngine, backend: PyTorchTrainingBackend) -> bool:
@@ -301,7 +312,7 @@ def _check(
     backend: PyTorchTrainingBackend,
     data_buffer: DataBuffer[Any] | None,
     source: RolloutSource | None,
-    engines: Sequence[InferenceEngine],
+    engines: Sequence[InferenceEngine] | WeightSyncManager,
     config: RLTrainingConfig,
 ) -> None:
     if (source is None) != (backend.rank > 0):
@@ -311,7 +322,7 @@ def _check(
             f"sync_every is {config.sync_every}: rollouts would be {config.sync_every - 1} steps old where "
             f"max_staleness allows {config.max_staleness}; raise max_staleness or sync every step"
         )
-    if config.max_staleness > 0 and any(shares_model(engine, backend) for engine in engines):
+    if config.max_staleness > 0 and any(shares_model(engine, backend) for engine in _engines_of(engines)):
         raise UserError(
             "max_staleness is above 0, so an engine samples while the weights change, but it shares the trainer's "
             "model; give it a copy of its own"
@@ -325,6 +336,10 @@ def _check(
                 f"max_staleness is {config.max_staleness} for the trainer and {manager.config.max_staleness} for the "
                 "rollouts; set both to the same"
             )
+
+
+def _engines_of(engines: Sequence[InferenceEngine] | WeightSyncManager) -> Sequence[InferenceEngine]:
+    return engines.engines if isinstance(engines, WeightSyncManager) else engines
 
 
 def _prepare_models(
