@@ -85,19 +85,30 @@ class Session:
         return done
 
     async def _stream(self, display: Display, said: list[str]) -> ChatCompletion:
+        from rollouts.serving.reasoning import ReasoningSplitter
+
         done: ChatCompletion | None = None
+        thoughts = ReasoningSplitter()  # for those who do not tell them apart themselves
+
+        def show(reasoning: str, content: str) -> None:
+            if reasoning:
+                display.think(reasoning)
+            if content:
+                display.say(content)
+
         try:
             async with aclosing(stream_chat(self._asked(), self.history(), self.tools)) as chunks:  # type: ignore[type-var]
                 async for chunk in chunks:
                     if isinstance(chunk.data, ChatCompletion):
                         done = chunk.data
+                        show(*thoughts.finish())
                     elif isinstance(chunk.data, ToolCall):
                         display.call(chunk.data)
                     elif chunk.kind == "reasoning":
                         display.think(chunk.data)
                     else:
                         said.append(chunk.data)
-                        display.say(chunk.data)
+                        show(*thoughts.push(chunk.data))
         finally:
             await close_clients()  # they belong to this event loop
         assert done is not None, "a stream ends with its completion"

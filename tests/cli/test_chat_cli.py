@@ -205,7 +205,7 @@ def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
             self.send_response(200)
             self.send_header("content-type", "text/event-stream")
             self.end_headers()
-            for piece in ("Good ", "even", "\x1b[31ming."):
+            for piece in ("<thi", "nk>hm</think>\n\nGood ", "even", "\x1b[31ming."):
                 chunk = {"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]}
                 self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
             end = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
@@ -224,7 +224,7 @@ def test_a_server_with_openais_api(say: Callable[..., Any], server: Any) -> None
     url, asked = server
     lines = ["Hi", "/set top_k 5", "/set seed 7", "Again", "/retry"]
     code, out, _ = say(lines, "--api-base", f"{url}/v1", "--api-key", "sesame", "--max-tokens", "9", model="big")
-    assert code == 0 and out == "Good evening.\n".replace("ing", "[31ming") * 3  # no escape reaches the terminal
+    assert code == 0 and out == "Good evening.\n".replace("ing", "[31ming") * 3  # no thoughts, no escapes
     assert [one["path"] for one in asked] == ["/v1/chat/completions"] * 3
     assert asked[0]["model"] == "big" and asked[0]["key"] == "Bearer sesame" and asked[0]["max_tokens"] == 9
     assert [len(one["messages"]) for one in asked] == [1, 3, 3]

@@ -188,9 +188,15 @@ function run(work, index, reply) {
   });
 }
 
+/** Drop the turns from `count` on, and end what runs in them. */
+function keepTurns(count) {
+  if (current.turns.length > count) stop(current);
+  current.turns.length = count;
+}
+
 const threadActions = {
   regenerate(index, reply) {
-    current.turns.length = index + 1;
+    keepTurns(index + 1);
     reply.versions.push(newVersion());
     reply.current = reply.versions.length - 1;
     drawAll();
@@ -202,13 +208,12 @@ const threadActions = {
     updateReply(reply, true);
   },
   send(index, reply) {
-    current.turns.length = index + 1;
+    keepTurns(index + 1);
     drawAll();
     run(continueWithResults, index, reply);
   },
   edit(index, text) {
-    stop(current);
-    current.turns.length = index;
+    keepTurns(index);
     ask(text);
   },
 };
