@@ -8,17 +8,18 @@ PYTHON      ?= python3
 VENV        ?= .venv
 CONSTRAINTS ?= constraints.txt
 WORKERS     ?= 2
+ENGINES     ?= .engines
 ARGS        ?=
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # One thread a process: the test processes share the cores.
-test test-all test-browser: export OMP_NUM_THREADS = 1
-test test-all test-browser: export MKL_NUM_THREADS = 1
-test test-all test-browser: export TOKENIZERS_PARALLELISM = false
+test test-all test-browser test-engines: export OMP_NUM_THREADS = 1
+test test-all test-browser test-engines: export MKL_NUM_THREADS = 1
+test test-all test-browser test-engines: export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup speedrun test test-all test-browser lint format clean
+.PHONY: setup speedrun test test-all test-browser test-engines lint format clean
 
 speedrun: $(STAMP)
 	$(BIN)/rollouts speedrun $(ARGS)
@@ -35,6 +36,33 @@ test-browser: lint
 		|| { echo "chromium is missing: install it, or run this as root on Debian"; exit 1; }
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS:%=-c %) -e '.[browser]'
 	$(BIN)/python -m pytest -m browser tests/serving/browser $(ARGS)
+
+# Real vLLM and SGLang servers on the CPU, each in a virtual environment of its own (7 GB in all, and minutes to install).
+test-engines: lint $(ENGINES)/vllm/.installed $(ENGINES)/sglang/.installed
+	$(BIN)/python -m pytest -m engines tests/engines tests/providers $(ARGS)
+
+# The wheel is a third party's: its hash is pinned. The CUDA builds that it asks for break its import, and vLLM tells its
+# platform by the version of a distribution that is called vllm.
+$(ENGINES)/vllm/.installed: tests/engines/vllm.txt tests/engines/vllm_wheel.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --upgrade pip
+	$(@D)/bin/pip install --quiet --no-deps --require-hashes -r tests/engines/vllm_wheel.txt
+	$(@D)/bin/pip install --quiet -r tests/engines/vllm.txt
+	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	site=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		&& mkdir -p "$$site/vllm-0.32.0+cpu.dist-info" \
+		&& printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$$site/vllm-0.32.0+cpu.dist-info/METADATA"
+	$(@D)/bin/pip install --quiet --no-deps -e .
+	@touch $@
+
+# SGLang pins a CUDA build of torch: its dependencies are named in a file instead.
+$(ENGINES)/sglang/.installed: tests/engines/sglang.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --upgrade pip
+	$(@D)/bin/pip install --quiet torch==2.13.0 transformers==5.19.0
+	$(@D)/bin/pip install --quiet --no-deps sglang==0.5.23
+	$(@D)/bin/pip install --quiet -r tests/engines/sglang.txt
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

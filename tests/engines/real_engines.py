@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = Path(os.environ.get("ROLLOUTS_ENGINES") or ROOT / ".engines")
-START_SECONDS = 240
+START_SECONDS = 400
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

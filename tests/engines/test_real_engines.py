@@ -43,7 +43,7 @@ from rollouts.training.weight_sync import (
 
 pytestmark = [pytest.mark.engines, pytest.mark.anyio]
 
-PROMPT = [20 + i % 60 for i in range(96)]
+PROMPT = [20 + i % 60 for i in range(300)]  # two of vLLM's blocks: less is never found in its prefix cache
 SHORT = SamplingParams(max_tokens=12, seed=1, ignore_eos=True)
 Models = dict[str, PreTrainedModel]
 
