@@ -49,6 +49,8 @@ def body(provider: str, model: str, prompt_ids: Sequence[int], params: SamplingP
     """
     if params.top_log_probs and provider != "sglang":
         raise UserError(f"provider {provider} gives no top_log_probs by token id; use sglang or embedded")
+    if provider == "sglang" and params.ignore_eos and params.stop_token_ids:
+        raise UserError("SGLang's ignore_eos ignores stop_token_ids too; give one of the two")
     if params.prompt_log_probs:
         raise UserError(f"provider {provider} gives no prompt_log_probs; use embedded")
     if isinstance(params.seed, tuple):

@@ -37,6 +37,8 @@ _HOME = {
                 "TrackioLogger", "WandbLogger", "compute_stats_from_jsonl"),
     "functions": ("load_function",),
     "rewards": ("REWARDS", "RewardReport", "RewardRunner", "RewardSpec", "score_samples"),
+    "weight_sync": ("SGLangEngine", "SyncResult", "VLLMEngine", "WeightSyncError", "WeightSyncManager",
+                    "sync_weights_to_engines", "update_sglang_weights_from_disk", "update_vllm_weights_from_disk"),
     "model_utils": ("load_hf_model",),
     "rollout_gen": ("AsyncRolloutManager", "EngineGenerate", "RolloutConfig"),
 }  # fmt: skip

@@ -133,7 +133,7 @@ async def test_streams_and_stops(engine: RemoteEngine, models: Models) -> None:
     assert last is not None and last.token_ids == whole.token_ids == [t for c in chunks for t in c.token_ids]
     assert_sampled_by(models["a"], last)
     stop = whole.token_ids[5]
-    params = SamplingParams(max_tokens=12, temperature=0, stop_token_ids=(stop,), ignore_eos=True)
+    params = SamplingParams(max_tokens=12, temperature=0, stop_token_ids=(stop,))
     (stopped,) = await sample_tokens(engine.endpoint, PROMPT, params)
     assert stopped.token_ids == whole.token_ids[: whole.token_ids.index(stop) + 1]
     assert (stopped.stop_reason, stopped.stop_match) == (StopReason.STOP_TOKEN, stop)

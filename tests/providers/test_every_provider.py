@@ -159,9 +159,12 @@ async def test_streams_hold_the_same(endpoint: Endpoint) -> None:
 async def test_stop_tokens_and_seeds(endpoint: Endpoint) -> None:
     (whole,) = await sample_tokens(endpoint, PROMPT, GREEDY)
     stop = whole.token_ids[6]
-    (stopped,) = await sample_tokens(endpoint, PROMPT, replace(GREEDY, stop_token_ids=(stop,)))
+    (stopped,) = await sample_tokens(endpoint, PROMPT, replace(GREEDY, ignore_eos=False, stop_token_ids=(stop,)))
     assert stopped.token_ids == whole.token_ids[: whole.token_ids.index(stop) + 1]
     assert (stopped.stop_reason, stopped.stop_match) == (StopReason.STOP_TOKEN, stop)
+    if endpoint.provider == "sglang":
+        with pytest.raises(UserError, match="ignore_eos"):
+            await sample_tokens(endpoint, PROMPT, replace(GREEDY, stop_token_ids=(stop,)))
     seeded = SamplingParams(max_tokens=8, seed=(3, 2**63 - 1, 3), n=3, ignore_eos=True)
     first, second, third = await sample_tokens(endpoint, PROMPT, seeded)
     assert [sample.sample_index for sample in (first, second, third)] == [0, 1, 2]
