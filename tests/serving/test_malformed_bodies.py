@@ -16,16 +16,23 @@ from hypothesis import strategies as st
 from rollouts.serving.errors import RequestError
 from rollouts.serving.strict_json import parse_json
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/generate", "/update_weights_from_disk", "/abort_request")
+PATHS = (
+    "/v1/chat/completions", "/v1/completions", "/generate", "/update_weights_from_disk", "/abort_request",
+    "/update_weights_from_distributed", "/update_weights_from_tensor",
+)  # fmt: skip
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {
         "model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1, "temperature": 1.0,
         "logit_bias": {"5": 1.0}, "stop": ["a"], "seed": 1, "n": 1, "logprobs": True, "top_logprobs": 1,
+        "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto", "parallel_tool_calls": True,
+        "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
     },
-    "/v1/completions": {"model": "tiny", "prompt": [1, 2], "max_tokens": 1, "logprobs": 1, "stop": "a"},
+    "/v1/completions": {"model": "tiny", "prompt": [1, 2], "max_tokens": 1, "logprobs": 1, "stop": "a", "echo": True},
     "/generate": {"input_ids": [[1, 2]], "sampling_params": {"max_new_tokens": 1}, "return_logprob": True},
     "/update_weights_from_disk": {"model_path": "/none", "weight_version": "1"},
     "/abort_request": {"rid": "a"},
+    "/update_weights_from_distributed": {"names": ["x"], "dtypes": ["float32"], "shapes": [[1]], "group_name": "g"},
+    "/update_weights_from_tensor": {"serialized_named_tensors": ["AAAA"], "weight_version": "1"},
 }  # fmt: skip
 VALUES = (
     "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" * 5000, "-" + "9" * 5000, "1e400", "0." + "1" * 5000,
@@ -80,6 +87,36 @@ def test_ten_thousand_malformed_bodies_leave_no_memory_behind(server: Any) -> No
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; of client and server together
     refuse_all(server, 10_000)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10
+
+
+SCHEMAS: list[Any] = [
+    {"$ref": "#/$defs/none"},
+    {"$ref": "#"},
+    {"$ref": "file:///etc/passwd"},
+    {"type": "string", "pattern": "("},
+    {"type": "string", "pattern": "((a{0,1000}){0,1000}){0,1000}"},
+    {"type": "string", "minLength": 10**9},
+    {"type": "array", "items": {"type": "integer"}, "minItems": 10**12},
+    {"type": "integer", "minimum": 5, "maximum": 4},
+    {"enum": []},
+    {"enum": [f"{i:012}" for i in range(20_000)]},
+    {"not": {}},
+    {"allOf": [{"type": "string"}, {"type": "integer"}]},
+    {"properties": {str(i): {"type": "object", "properties": {"x": {"$ref": "#"}}} for i in range(3_000)}},
+]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=range(len(SCHEMAS)))
+def test_schemas_of_people_who_mean_harm(server: Any, schema: Any) -> None:
+    """Each is refused or honored in a few seconds, and others are served meanwhile and afterwards."""
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5, "model": "tiny"}
+    response = server.http.post("/v1/chat/completions", json={**body, "response_format": form}, timeout=20)
+    assert response.status_code in (200, 400), response.text
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": schema}}}}
+    forced = {**body, "tools": [tool], "tool_choice": "required"}
+    assert server.http.post("/v1/chat/completions", json=forced, timeout=20).status_code in (200, 400)
+    assert server.http.get("/health_generate").status_code == 200
 
 
 def test_no_body_and_no_object(server: Any) -> None:
