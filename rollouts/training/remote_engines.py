@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from rollouts.inference.completion import Completion
 
 HEALTH_SECONDS = 20.0
+ADAPTER_CONFIG = "adapter_config.json"  # what tells a folder with an adapter alone
+ADAPTER_NAME = "rollouts"  # of the adapter in vLLM
 
 
 class WeightSyncError(RuntimeError):
@@ -112,7 +114,7 @@ class RemoteEngine(ABC):
     async def update_weights_from_checkpoint(
         self, folder: str | Path, version: int | None = None, mode: UpdateMode = "drain"
     ) -> int:
-        """Serve the weights in a folder that the server can read.
+        """Serve the weights in a folder that the server can read; a LoRA adapter alone goes on top of the base model.
 
         Raises:
             UserError: the folder is none.
@@ -121,7 +123,8 @@ class RemoteEngine(ABC):
         path = Path(folder).resolve()
         if not path.is_dir():
             raise UserError(f"{folder} is not a folder; give one with a model's config and safetensors")
-        return await self._update(partial(self._load_folder, path), version, mode)
+        load = self._load_adapter if (path / ADAPTER_CONFIG).is_file() else self._load_folder
+        return await self._update(partial(load, path), version, mode)
 
     async def update_weights(
         self,
@@ -234,6 +237,10 @@ class RemoteEngine(ABC):
     async def _load_folder(self, folder: Path, version: int) -> None: ...
 
     @abstractmethod
+    async def _load_adapter(self, folder: Path, version: int) -> None:
+        """Load a LoRA adapter alone, and sample with it from then on."""
+
+    @abstractmethod
     async def _num_workers(self) -> int: ...
 
     @abstractmethod
@@ -250,13 +257,14 @@ class RemoteEngine(ABC):
 
 
 class SGLangEngine(RemoteEngine):
-    """An SGLang server, or `rollouts serve`."""
+    """An SGLang server (with ``--enable-lora`` for adapters), or `rollouts serve`."""
 
     provider = "sglang"
 
     def __init__(self, base_url: str = "http://localhost:30000", model: str = "default", **options: Any) -> None:
         super().__init__(base_url, model, **options)
         self._paused = False
+        self._adapter: str | None = None
 
     async def get_weight_version(self) -> int:
         return version_number((await self._get("/model_info"))["weight_version"])
@@ -295,6 +303,17 @@ class SGLangEngine(RemoteEngine):
         self._expect(
             await self._post("/update_weights_from_disk", {"model_path": str(folder), "weight_version": str(version)})
         )
+
+    async def _load_adapter(self, folder: Path, version: int) -> None:
+        name = f"rollouts_{version}"  # a name is loaded once: the next version gets another
+        self._expect(
+            await self._post("/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, max_retries=0)
+        )
+        if self._adapter is not None and self._adapter != name:
+            self._expect(await self._post("/unload_lora_adapter", {"lora_name": self._adapter}, max_retries=0))
+        self._adapter = name
+        self.endpoint = replace(self.endpoint, extra_params={**(self.endpoint.extra_params or {}), "lora_path": name})
+        await self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
 
     async def _num_workers(self) -> int:
         try:
@@ -345,7 +364,8 @@ class SGLangEngine(RemoteEngine):
 class VLLMEngine(RemoteEngine):
     """A vLLM server, started with VLLM_SERVER_DEV_MODE=1 and ``--enable-scale-out``.
 
-    Pushes need this package in vLLM's environment and ``--weight-transfer-config '{"backend": "gloo"}'``.
+    Pushes need this package in vLLM's environment and ``--weight-transfer-config '{"backend": "gloo"}'``; adapters need
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and ``--enable-lora``.
 
     Args:
         model: the name that the server knows it by; None = the first that it lists.
@@ -418,6 +438,12 @@ class VLLMEngine(RemoteEngine):
         arguments = {"weights_path": str(folder)}
         await self._post("/collective_rpc", {"method": "reload_weights", "kwargs": arguments}, max_retries=0)
         await self._post("/update_weight_version", {"new_version": str(version)})
+
+    async def _load_adapter(self, folder: Path, version: int) -> None:
+        body = {"lora_name": ADAPTER_NAME, "lora_path": str(folder), "load_inplace": True}
+        await self._post("/v1/load_lora_adapter", body, max_retries=0)
+        await self._post("/update_weight_version", {"new_version": str(version)})
+        self.endpoint = replace(self.endpoint, model=ADAPTER_NAME)  # as vLLM names who is asked
 
     async def _has_plugin(self) -> bool:
         if self._plugin is None:

@@ -29,7 +29,7 @@ def need(name: str) -> Path:
 
 
 @contextmanager
-def vllm_server(folder: Path, log: Path, *arguments: str) -> Iterator[str]:
+def vllm_server(folder: Path, log: Path, *arguments: str, allow_lora: bool = False) -> Iterator[str]:
     """A vLLM server of the model in ``folder``, under the name ``tiny``; gives its address."""
     command = [
         str(need("vllm").with_name("vllm")), "serve", str(folder), "--served-model-name", "tiny", "--dtype", "float32",
@@ -37,6 +37,8 @@ def vllm_server(folder: Path, log: Path, *arguments: str) -> Iterator[str]:
         "--logprobs-mode", "processed_logprobs", *arguments,
     ]  # fmt: skip
     settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if allow_lora:
+        settings["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     with _running(command, settings, log) as url:
         yield url
 

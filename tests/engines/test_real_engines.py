@@ -14,11 +14,12 @@ import httpx
 import pytest
 import torch
 from real_engines import sglang_server, vllm_server
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rollouts.errors import UserError
 from rollouts.inference import Completion, SamplingParams, StopReason
 from rollouts.inference.protocol import InferenceEngine
+from rollouts.models.lora import LoRAConfig, add_lora, save_lora
 from rollouts.providers import (
     Endpoint,
     LogProbMode,
@@ -214,10 +215,11 @@ async def test_a_stale_prefix_cache_is_detected(engine: RemoteEngine, models: Mo
         return None
 
     await engine.generate_group(PROMPT, SHORT)
-    flush, engine.flush_cache = engine.flush_cache, no_flush  # type: ignore[method-assign]
-    try:
+    if engine.provider == "vllm":
+        await engine._load_folder(folders["b"], 3)  # without the pause, which empties the cache of an idle vLLM
+    else:
+        flush, engine.flush_cache = engine.flush_cache, no_flush  # type: ignore[method-assign]
         await engine.update_weights(models["b"], 3, mode="continue")
-    finally:
         engine.flush_cache = flush  # type: ignore[method-assign]
     (stale,) = await engine.generate_group(PROMPT, SHORT)
     for model in models.values():
@@ -229,7 +231,7 @@ async def test_a_stale_prefix_cache_is_detected(engine: RemoteEngine, models: Mo
 
 
 async def test_requests_in_flight_tell_their_versions(engine: RemoteEngine, models: Models) -> None:
-    long = SamplingParams(max_tokens=600, seed=3, ignore_eos=True)
+    long = SamplingParams(max_tokens=1400, seed=3, ignore_eos=True)
     results: dict[str, list[Completion]] = {}
 
     async def generate(name: str) -> None:
@@ -238,20 +240,20 @@ async def test_requests_in_flight_tell_their_versions(engine: RemoteEngine, mode
     for version, mode in ((2, "continue"), (3, "drain"), (4, "abort")):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(generate, mode)
-            await anyio.sleep(0.5)
+            await anyio.sleep(0.4)
             await engine.update_weights(models["ab"[version % 2 == 0]], version, mode=mode)  # type: ignore[arg-type]
     (kept,) = results["continue"]
     first, second = kept.weight_versions
-    assert (first.version, second.version, first.start, second.end) == (1, 2, 0, 600)
+    assert (first.version, second.version, first.start, second.end) == (1, 2, 0, 1400)
     assert first.end == second.start > 0
     old = log_probs(models["a"], [*PROMPT, *kept.token_ids])[len(PROMPT) :]
     new = log_probs(models["b"], [*PROMPT, *kept.token_ids])[len(PROMPT) :]
     assert kept.log_probs[: first.end] == pytest.approx(old[: first.end], abs=1e-4)
     assert kept.log_probs[second.start :] == pytest.approx(new[second.start :], abs=1e-4)  # recomputed, not stale
     (drained,) = results["drain"]
-    assert [(span.version, span.end) for span in drained.weight_versions] == [(2, 600)]
+    assert [(span.version, span.end) for span in drained.weight_versions] == [(2, 1400)]
     (aborted,) = results["abort"]
-    assert aborted.stop_reason is StopReason.ABORTED and 0 < len(aborted.token_ids) < 600
+    assert aborted.stop_reason is StopReason.ABORTED and 0 < len(aborted.token_ids) < 1400
 
 
 async def test_pause_continue_abort(engine: RemoteEngine) -> None:
@@ -290,8 +292,8 @@ async def test_one_server_by_one_call(address: tuple[str, str], engine: RemoteEn
     assert await engine.is_healthy()
 
 
-async def test_raw_log_probs_are_found_out(folders: dict[str, Path], tmp_path: Path) -> None:
-    """vLLM's default; and without the plugin a tied output layer stays behind, which its log-probs show."""
+async def test_raw_log_probs_and_a_stale_output_layer(models: Models, folders: dict[str, Path], tmp_path: Path) -> None:
+    """vLLM's defaults: raw log-probs; and without the plugin a tied output layer stays behind, as log-probs show."""
     with vllm_server(folders["a"], tmp_path / "raw.log", "--logprobs-mode", "raw_logprobs") as url:
         endpoint = Endpoint("vllm", "tiny", url)
         with pytest.raises(ProviderError, match="--logprobs-mode processed_logprobs"):
@@ -300,3 +302,42 @@ async def test_raw_log_probs_are_found_out(folders: dict[str, Path], tmp_path: P
         assert httpx.get(f"{url}/v1/models", trust_env=False).status_code == 200
         (sample,) = await sample_tokens(endpoint, PROMPT, SamplingParams(max_tokens=4, temperature=0.5))
         assert all(value != value for value in sample.log_probs) and max(sample.raw_log_probs) < 0
+        engine = VLLMEngine(url, timeout=60)
+        await sync_weights_to_engines([engine], folders["b"], 2)  # the digests that it shows are right
+        with pytest.raises(WeightSyncError, match="off the trainer's"):
+            await check_engine(engine, 2, folders["b"], reference=partial(log_probs, models["b"]))
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+async def test_an_adapter_alone(
+    kind: str, make_tiny_model: Callable[..., PreTrainedModel], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """LoRA: the base stays where it is, versions of the adapter come and go."""
+    adapted: list[PreTrainedModel] = []
+    for seed in (1, 2):
+        model = add_lora(AutoModelForCausalLM.from_pretrained(folders["a"]), LoRAConfig(r=8), seed=seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.2)
+        save_lora(model, tmp_path / f"adapter{seed}")
+        adapted.append(model)
+    log = tmp_path / f"{kind}.log"
+    if kind == "vllm":
+        server = vllm_server(folders["a"], log, "--enable-lora", "--max-lora-rank", "8", allow_lora=True)
+    else:
+        server = sglang_server(
+            folders["a"], log, "--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "all",
+            "--lora-backend", "torch_native",
+        )  # fmt: skip
+    with server as url:
+        engine: RemoteEngine = VLLMEngine(url, timeout=60) if kind == "vllm" else SGLangEngine(url, timeout=60)
+        await engine.connect()
+        for version, model in enumerate(adapted, start=1):
+            (result,) = await sync_weights_to_engines(
+                [engine], tmp_path / f"adapter{version}", version, reference=partial(log_probs, model), tolerance=1e-3
+            )
+            assert result.version == version
+            (sample,) = await engine.generate_group(PROMPT, SHORT)
+            expected = log_probs(model, [*PROMPT, *sample.token_ids])[len(PROMPT) :]
+            assert sample.log_probs == pytest.approx(expected, abs=1e-3)
