@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rollouts.cli.main import main
+from rollouts.recipes import preference_schema
 from rollouts.recipes.load import load_recipe
 
 COLORS = "red green blue black white brown".split()
@@ -117,6 +123,28 @@ def test_usual_betas_and_learning_rates() -> None:
     assert recipe("dpo", **{"optimizer.weight_decay": "0.1"}).optimizer.lr == 1e-6
 
 
+def test_the_documented_keys_are_the_recipes() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    block = next(b for b in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if b.startswith("kind: dpo"))
+    documented = yaml.safe_load(block)
+    assert documented["preference"] == preference_schema.Preference().model_dump()
+    recipe = load_recipe("dpo", None, {"model": "x/y", "data.train": "a.jsonl"}).model_dump()
+    for section in ("train", "optimizer"):
+        assert documented[section].items() <= recipe[section].items()
+
+
+def test_sections_repeat_the_librarys_fields_and_defaults() -> None:
+    from rollouts.training.algorithms.preference import PreferenceConfig
+    from rollouts.training.loops.preference_loop import PreferenceTrainingConfig
+    from rollouts.training.loops.reward_loop import RewardTrainingConfig
+
+    theirs = {f.name: f.default for f in dataclasses.fields(PreferenceConfig)} | {"beta": None}
+    assert preference_schema.Preference().model_dump() == theirs
+    for config in (PreferenceTrainingConfig, RewardTrainingConfig):
+        share = {f.name: f.default for f in dataclasses.fields(config)}["share_prompts"]
+        assert preference_schema.PairTrain().share_prompts is share
+
+
 @pytest.mark.parametrize(
     ("verb", "changes", "message"),
     [
@@ -139,3 +167,21 @@ def test_wrong_recipes_are_refused_with_one_line(
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("verb", "changes"), [("dpo", {}), ("dpo", {"preference.name": "kto"}), ("reward-model", {})])
+def test_two_ranks_learn_what_one_does(
+    verb: str, changes: dict[str, str], rows: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    changes = {"train.num_steps": "4", "train.batch_size": "7", "train.max_tokens_per_micro_batch": "60", **changes}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rollouts"]
+    two = arguments(verb, tiny_model_dir, rows, tmp_path / "two", **changes)
+    subprocess.run([*launch, *two], check=True, timeout=300, cwd=Path(__file__).parents[2])
+    assert main(arguments(verb, tiny_model_dir, rows, tmp_path / "one", **changes)) == 0
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    assert metrics(tmp_path / "two")[-1]["val_loss"] == pytest.approx(
+        metrics(tmp_path / "one")[-1]["val_loss"], rel=1e-4
+    )
