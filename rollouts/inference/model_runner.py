@@ -10,6 +10,7 @@ Shapes: T tokens of the step, D of them decoding, B with logits, C hidden width,
 from __future__ import annotations
 
 import ctypes
+import time
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -190,8 +191,8 @@ class _NativeModel(ctypes.Structure):
     )  # fmt: skip
 
 
-# Steps that a machine without a core to spare computes on one thread before it is asked again.
-_STEPS_ALONE = 64
+# Seconds for which a machine without a core to spare computes on one thread before it is asked again.
+_SECONDS_ALONE = 0.05
 
 
 class NativeForward:
@@ -226,7 +227,7 @@ class NativeForward:
         self._bytes = library.step_bytes
         self._bytes.argtypes, self._bytes.restype = (address, count, count, count), count
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._steps_alone = 0
+        self._alone_until = 0.0
         self._shapes = [None if x is None else x.shape for x in structured.parameters()]
         self.refresh()
 
@@ -246,8 +247,7 @@ class NativeForward:
         self._point(cache)
         model, tokens, outputs = self._model, len(step.token_ids), len(step.outputs)
         table = cache.page_table
-        model.num_threads = 1 if self._steps_alone else torch.get_num_threads()
-        self._steps_alone = max(self._steps_alone - 1, 0)
+        model.num_threads = 1 if time.monotonic() < self._alone_until else torch.get_num_threads()
         size = self._bytes(ctypes.addressof(model), tokens, outputs, table.shape[1])
         if len(self._memory) < size:
             self._memory = torch.empty(size, dtype=torch.uint8)
@@ -258,7 +258,7 @@ class NativeForward:
             logits.data_ptr(), self._memory.data_ptr(),
         )  # fmt: skip
         if model.long_waits > 3:
-            self._steps_alone = _STEPS_ALONE
+            self._alone_until = time.monotonic() + _SECONDS_ALONE
         return logits
 
     def _point(self, cache: KVCache) -> None:

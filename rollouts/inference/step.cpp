@@ -135,7 +135,7 @@ inline void few_tokens(const uint32_t* x, const uint32_t* w, int64_t words, f16*
   for (; u + 16 <= words; u += 16) {
     for (int i = 0; i < 16; i++) {
       m[i] = *(const u16*)(w + i * words + u);
-      __builtin_prefetch(w + (16 + i) * words + u, 0, 2);  // the next sixteen outputs
+      __builtin_prefetch(w + 16 * words + 16 * (u + i), 0, 2);  // the next sixteen outputs, in the order of memory
     }
     transpose(m);
     for (int j = 0; j < 16; j++)
@@ -157,12 +157,15 @@ inline void few_tokens(const uint32_t* x, const uint32_t* w, int64_t words, f16*
 template <typename W, int NB, int NO>
 inline void many_tokens(const u16* x, const uint32_t* w, int64_t words, f16 (*y)[4]) {
   f16 acc[NO][NB] = {};
-  for (int64_t u = 0; u < words; u++) {
-    u16 a[NB];
-    for (int b = 0; b < NB; b++) a[b] = x[b * words + u];
-    for (int o = 0; o < NO; o++) {
-      const u16 c = u16{} + w[o * words + u];
-      for (int b = 0; b < NB; b++) acc[o][b] = multiply_add(acc[o][b], a[b], c, W());
+  for (int64_t u0 = 0; u0 < words; u0 += 16) {
+    for (int o = 0; o < NO; o++) __builtin_prefetch(w + NO * (words + u0) + 16 * o, 0, 2);  // the next outputs
+    for (int64_t u = u0; u < words && u < u0 + 16; u++) {
+      u16 a[NB];
+      for (int b = 0; b < NB; b++) a[b] = x[b * words + u];
+      for (int o = 0; o < NO; o++) {
+        const u16 c = u16{} + w[o * words + u];
+        for (int b = 0; b < NB; b++) acc[o][b] = multiply_add(acc[o][b], a[b], c, W());
+      }
     }
   }
   for (int o = 0; o < NO; o++)
@@ -183,7 +186,8 @@ inline void many_tokens(int64_t blocks, const u16* x, const uint32_t* w, int64_t
       many_tokens<W, 2, 8>(x, w, words, y);
       return many_tokens<W, 2, 8>(x, w + 8 * words, words, y + 8);
     default:
-      many_tokens<W, 1, 16>(x, w, words, y);
+      many_tokens<W, 1, 8>(x, w, words, y);
+      many_tokens<W, 1, 8>(x, w + 8 * words, words, y + 8);
   }
 }
 
