@@ -48,7 +48,7 @@ from rollouts.training.types import Sample, SampleStatus
 log = logging.getLogger(__name__)
 
 ISOLATIONS = ("auto", "inline", "thread", "process")
-_ASYNC_AT_ONCE = 64
+_AT_ONCE = 64
 
 
 class RewardFault(StrEnum):
@@ -105,7 +105,7 @@ class RewardRunner:
         reward: a function ``(sample) -> float | dict[str, float]``, sync or async; a name of ``REWARDS``, a path to a
             function, a ``RewardSpec`` or a mapping of its fields; or a sequence of these.
         timeout: seconds for one reward of one sample, from the moment it starts.
-        max_concurrent: samples scored at the same time; by default one a core for worker processes, else 64.
+        max_concurrent: samples scored at the same time; by default 64, of which one a core in worker processes.
         isolation: "auto", "inline", "thread" or "process"; see the module.
 
     Raises:
@@ -132,15 +132,16 @@ class RewardRunner:
         in_processes = [r.function for r, where in zip(self.rewards, self._isolations) if where == "process"]
         self._pool = ProcessPool(in_processes) if in_processes else None
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._max_concurrent = max_concurrent or (cores if self._pool else _ASYNC_AT_ONCE)
+        self._limits = (max_concurrent or _AT_ONCE, max_concurrent or cores)
         self._slots: anyio.CapacityLimiter | None = None
+        self._process_slots: anyio.CapacityLimiter | None = None
 
     async def __aenter__(self) -> RewardRunner:
         for reward in self.rewards:
             if prepare := getattr(unwrapped(reward.function), "prepare", None):
                 options = getattr(reward.function, "keywords", {})  # of a functools.partial
                 await anyio.to_thread.run_sync(functools.partial(prepare, **options))
-        self._slots = anyio.CapacityLimiter(self._max_concurrent)
+        self._slots, self._process_slots = (anyio.CapacityLimiter(n) for n in self._limits)
         return self
 
     async def __aexit__(
@@ -209,10 +210,11 @@ class RewardRunner:
         return _Fault(kind, f"{self.rewards[number].name}: {text}")
 
     async def _in_process(self, number: int, sample: Sample) -> Reward:
-        assert self._pool is not None
+        assert self._pool is not None and self._process_slots is not None
         place = self._isolations[:number].count("process")  # its number among those of the pool
         try:
-            answer = await self._pool.ask(place, sample, self.timeout)
+            async with self._process_slots:
+                answer = await self._pool.ask(place, sample, self.timeout)
         except WorkerDied as e:
             raise self._fault(number, RewardFault.EXITED, str(e)) from None
         except Unsendable as e:

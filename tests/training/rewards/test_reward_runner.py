@@ -420,3 +420,21 @@ def test_what_does_not(value: Any) -> None:
 def test_wrong_options(options: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         RewardRunner(misbehaving, **options)
+
+
+def test_waiting_for_a_judge_does_not_wait_for_a_core() -> None:
+    """Async rewards beside one in a process: many wait at once, though there are few workers."""
+    waiting = most = 0
+
+    async def judge(sample: Sample) -> float:
+        nonlocal waiting, most
+        waiting += 1
+        most = max(most, waiting)
+        await anyio.sleep(0.2)
+        waiting -= 1
+        return 1.0
+
+    samples = [sample(id=str(i)) for i in range(40)]
+    report = score(samples, [judge, misbehaving])
+    assert report.scored == 40 and samples[0].rewards == {"judge": 1.0, "misbehaving": 0.5}
+    assert most == 40
