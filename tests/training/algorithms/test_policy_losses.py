@@ -465,3 +465,10 @@ def test_defaults_belong_to_each_loss() -> None:
     assert PolicyLossConfig("ppo_clip", eps_high=0.28).bounds == (0.2, 0.28)
     assert PolicyLossConfig("gmpo").aggregate_by == "seq-mean-token-mean"
     assert PolicyLossConfig("gmpo", aggregation="token-mean").aggregate_by == "token-mean"
+
+
+def test_one_impossible_token_vetoes_its_sequence() -> None:
+    old, rollout = torch.tensor([-1.0, -12.0, -1.0]), torch.tensor([-1.0, -1.0, -1.0])
+    ids = torch.tensor([0, 0, 1])
+    weights, metrics = correction_weights(old, rollout, ids, CorrectionConfig(veto_below=1e-4))
+    assert weights.tolist() == [0.0, 0.0, 1.0] and metrics["masked_fraction"] == pytest.approx(2 / 3)

@@ -324,3 +324,12 @@ def test_missing_fields_are_named() -> None:
         )
     with pytest.raises(UserError, match="value clip"):
         ValueLossConfig(clip=0.0)
+
+
+def test_a_pair_without_a_chosen_answer_does_not_count() -> None:
+    data = answers_batch(10)
+    data["mask"][2] = 0
+    out = call(make_preference_loss(PAIRS["dpo"]), data, data["logits"], list(range(6)))
+    alone = call(make_preference_loss(PAIRS["dpo"]), data, data["logits"], [0, 1])
+    assert out.count == alone.count == 1
+    torch.testing.assert_close(out.total, alone.total)
