@@ -247,7 +247,7 @@ def test_probabilities_errors_and_odd_streams(open_page: Any) -> None:
         inspect(driver)
         for vector in VECTORS[::25]:
             answer = {"status": 400, "json": {"error": {"message": vector}}}
-            driver.context.route("**/chat/completions", lambda route, answer=answer: route.fulfill(**answer))
+            driver.context.route("**/chat/completions", lambda route, _, answer=answer: route.fulfill(**answer))
             driver.page.click("#new")
             driver.ask("go")
             assert driver.page.locator(".problem").text_content() == vector

@@ -7,7 +7,7 @@ import { openSettings } from "./settings.js";
 import { drawSidebar, renameField } from "./sidebar.js";
 import { loadAll, preference, remove, restore, save } from "./store.js";
 import { drawThread, editLast, grow, updateReply } from "./thread.js";
-import { hideTip } from "./tokens.js";
+import { followTip, hideTip } from "./tokens.js";
 
 let models = []; // names that the server answers to
 let conversations = []; // the latest first
@@ -394,7 +394,7 @@ function listen() {
   on("thread", "scroll", () => {
     const thread = byId("thread");
     following = thread.scrollHeight - thread.scrollTop - thread.clientHeight < 80;
-    hideTip();
+    followTip();
   });
   addEventListener("keydown", onKey);
   addEventListener("key-needed", askForKey);

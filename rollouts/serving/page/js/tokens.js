@@ -66,12 +66,24 @@ function showTip(node, token) {
     }),
   );
   tip.hidden = false;
+  place(node);
+}
+
+function place(node) {
+  const tip = byId("token-tip");
   const at = node.getClientRects()[0] ?? node.getBoundingClientRect();
   const size = tip.getBoundingClientRect();
   const left = Math.min(Math.max(at.left, 8), innerWidth - size.width - 8);
   const above = at.top - size.height - 6;
   tip.style.left = `${left}px`;
   tip.style.top = `${above > 8 ? above : at.bottom + 6}px`;
+}
+
+/** When the thread scrolls: the tip stays with a focused token, which may be why it scrolls, and else goes. */
+export function followTip() {
+  const focused = document.activeElement;
+  if (!byId("token-tip").hidden && focused?.classList.contains("token")) place(focused);
+  else hideTip();
 }
 
 export function hideTip() {
