@@ -23,8 +23,8 @@ _STATUS = {StopReason.LENGTH: SampleStatus.TRUNCATED, StopReason.ABORTED: Sample
 class EngineGenerate:
     """The default ``generate_fn``: continues each sample's prompt with an engine, every sample by its own seed.
 
-    Requests go out one a sample, all at once: the engine computes a prompt that several of them share once, by its
-    prefix cache, and what a sample becomes depends on its seed and the weights alone.
+    Samples that begin with the same tokens go out as one request, whose prompt the engine computes once, and all
+    requests go out at once; what a sample becomes depends on its own seed and the weights alone.
 
     Args:
         engine: may be replaced (``generate.engine = other``) when one has died; retries then go to the new one.
@@ -54,7 +54,10 @@ class EngineGenerate:
             UserError: a prompt cannot be rendered or does not fit the model.
         """
         self._start(samples)
-        await gather(self._continue, samples)
+        requests: dict[Any, list[Sample]] = {}
+        for sample in samples:
+            requests.setdefault((tuple(sample.tokens), sample_length(sample)), []).append(sample)
+        await gather(self._continue, requests.values())
         return samples
 
     async def get_weight_version(self) -> int:
@@ -88,18 +91,29 @@ class EngineGenerate:
             )
         )
 
-    async def _continue(self, sample: Sample) -> None:
-        done = sample_length(sample)
-        if done >= self.params.max_tokens:  # the limit was higher when the sample began
-            sample.status, sample.stop_reason = SampleStatus.TRUNCATED, StopReason.LENGTH.value
+    async def _continue(self, samples: list[Sample]) -> None:
+        """Samples with the same tokens, of which equally many are sampled already."""
+        done = sample_length(samples[0])
+        if done >= self.params.max_tokens:  # the limit was higher when they began
+            for sample in samples:
+                sample.status, sample.stop_reason = SampleStatus.TRUNCATED, StopReason.LENGTH.value
             return
-        seed = sample.metadata.get("seed", self.params.seed)
-        if seed is not None and done:
-            seed = sampling_seed(seed, "continued", done)  # or the numbers that chose the first tokens came again
-        params = replace(self.params, seed=seed, max_tokens=self.params.max_tokens - done)
-        [completion] = await self.engine.generate_group(list(sample.tokens), params)
-        add_completion(sample, completion)
-        sample.response = self.tokenizer.decode(response_tokens(sample), skip_special_tokens=True)
+        params = replace(
+            self.params, n=len(samples), seed=self._seeds(samples, done), max_tokens=self.params.max_tokens - done
+        )
+        completions = await self.engine.generate_group(list(samples[0].tokens), params)
+        for sample, completion in zip(samples, completions, strict=True):
+            add_completion(sample, completion)
+            sample.response = self.tokenizer.decode(response_tokens(sample), skip_special_tokens=True)
+
+    def _seeds(self, samples: list[Sample], done: int) -> int | tuple[int, ...] | None:
+        seeds = [sample.metadata.get("seed") for sample in samples]
+
+        def continued(seed: Any) -> Any:
+            """A continued sample must not meet the numbers again that chose its first tokens."""
+            return sampling_seed(seed, "continued", done) if done and seed is not None else seed
+
+        return continued(self.params.seed) if None in seeds else tuple(map(continued, seeds))
 
 
 def add_completion(sample: Sample, completion: Completion) -> None:

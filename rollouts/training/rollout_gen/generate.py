@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 from anyio.from_thread import start_blocking_portal
@@ -17,7 +17,7 @@ from rollouts.training.types import RolloutBatch, Sample
 
 def generate_rollout_batches(
     data_buffer: DataBuffer[Any], config: RolloutConfig, **kwargs: Any
-) -> Iterator[RolloutBatch]:
+) -> Generator[RolloutBatch, None, None]:
     """Batches without end: ``for batch in generate_rollout_batches(data_buffer, config): train(batch)``.
 
     What ``AsyncRolloutManager`` does, for code that is not asynchronous: its event loop runs in a thread of its own,

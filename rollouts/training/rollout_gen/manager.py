@@ -190,10 +190,9 @@ class AsyncRolloutManager:
 
     @property
     def partial_samples(self) -> list[Sample]:
-        """Samples of waiting groups that have begun and are not finished."""
-        return [
-            s for g in self.ledger.groups(GroupState.WAITING) for s in g.samples if s.status is SampleStatus.ABORTED
-        ]
+        """Samples of waiting groups that were aborted with a part of their response."""
+        samples = [sample for group in self.ledger.groups(GroupState.WAITING) for sample in group.samples]
+        return [s for s in samples if s.status is SampleStatus.ABORTED and any(s.loss_mask)]
 
     def state_dict(self) -> dict[str, Any]:
         """Where every prompt stands, as JSON-ready values, the data buffer's position included.
@@ -291,6 +290,12 @@ class AsyncRolloutManager:
         """The groups of the next batch in the order they were dealt, or None while it is not certain which they are."""
         for group in self.ledger.groups(GroupState.READY):
             if self._staleness(group) > self.config.max_staleness:
+                if group.weight_version == self.weight_version:  # begun when the engine should have had the newest
+                    raise RolloutError(
+                        f"the engine samples with weights of version {group.oldest_version} while the trainer's are "
+                        f"version {self.weight_version} and max_staleness is {self.config.max_staleness}; update the "
+                        "engine's weights more often, or raise max_staleness"
+                    )
                 self.ledger.wait(group)
                 self.ledger.restart(group, "stale")
         chosen = self._in_order()[: self.config.batch_size]
@@ -428,7 +433,7 @@ class AsyncRolloutManager:
         try:
             with anyio.fail_after(self.config.generate_timeout_s):
                 done = await call(self.config.generate_fn, asked, **self._kwargs)
-            _check_generated(asked, done)
+            _check_generated(done, [group.samples[i].id for i in unfinished], group.id)
         except anyio.get_cancelled_exc_class():
             self._keep(group, unfinished, asked)
             raise
@@ -457,7 +462,8 @@ class AsyncRolloutManager:
     async def _score(self, group: Group) -> None:
         samples = transform([copy_sample(s) for s in group.samples], self.config)
         if self._rewards is not None:
-            self._reward_report += await self._rewards.score(samples)
+            report = await self._rewards.score(samples)
+            self._reward_report += report
         group.samples = samples  # not before: a group put back while it is scored is transformed and scored again
 
     def _decide(self, group: Group) -> None:
@@ -481,18 +487,18 @@ class BadGeneration(UserError):
     """``generate_fn`` gave back what it may not: a mistake in it, which no retry mends."""
 
 
-def _check_generated(asked: list[Sample], done: Any) -> None:
+def _check_generated(done: Any, ids: list[str], group_id: str) -> None:
     if not isinstance(done, list) or not all(isinstance(s, Sample) for s in done):
         raise BadGeneration(f"generate_fn must give back a list of Samples, not {type(done).__name__}")
-    if [s.id for s in done] != [s.id for s in asked]:
+    if [s.id for s in done] != ids:
         raise BadGeneration(
-            f"generate_fn must give back the samples it was given, in their order: it got {[s.id for s in asked][:4]} "
+            f"generate_fn must give back the samples it was given, in their order: it got {ids[:4]} "
             f"and gave {[s.id for s in done][:4]}"
         )
-    for before, sample in zip(asked, done, strict=True):
+    for sample in done:
         if sample.status is SampleStatus.PENDING:
             sample.status = SampleStatus.COMPLETED
-        if sample.group_id != before.group_id or not _is_whole(sample):
+        if sample.group_id != group_id or not _is_whole(sample):
             raise BadGeneration(
                 f"generate_fn gave sample {sample.id} another group_id, or a loss_mask or rollout_log_probs that is "
                 "not as long as its tokens"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 
-def sampling_seed(*key: int | str) -> int:
+def sampling_seed(*key: object) -> int:
     """A seed in [0, 2**63) from the parts of ``key``: run seed, prompt, sample index, attempt.
 
     The upper bound is what every engine takes. Parts are told apart: ``("a", "bc")`` and ``("ab", "c")`` differ.
