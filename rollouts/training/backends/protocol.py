@@ -75,6 +75,12 @@ class TrainingBackend(Protocol):
         """
         ...
 
+    def compute_collisions(
+        self, batch: Batch | Sequence[Batch], temperature: float = 1.0
+    ) -> TrainFuture[list[torch.Tensor]]:
+        """As ``compute_log_probs``, with the sum over the vocabulary of p² (for ``optimal_token_baseline``)."""
+        ...
+
     def compute_values(self, batch: Batch | Sequence[Batch]) -> TrainFuture[list[torch.Tensor]]:
         """As ``compute_log_probs``, with the values of a critic (see ``make_critic``)."""
         ...

@@ -27,7 +27,7 @@ from rollouts.training.backends.optimizers import (
     trainable_parameters,
 )
 from rollouts.training.backends.protocol import Batch, Metrics
-from rollouts.training.backends.readers import log_prob_reader, read_values
+from rollouts.training.backends.readers import collision_reader, log_prob_reader, read_values
 from rollouts.training.backends.sharded import has_shards, read_shards
 from rollouts.training.checkpoints import (
     checkpoint_transaction,
@@ -139,6 +139,12 @@ class PyTorchTrainingBackend:
             raise UserError("log-probs without the adapter need a model that has one; see model.lora")
         reader = log_prob_reader(temperature)
         return self._submit("compute_log_probs", lambda: self._read(_as_list(batch), reader, adapter))
+
+    def compute_collisions(
+        self, batch: Batch | Sequence[Batch], temperature: float = 1.0
+    ) -> TrainFuture[list[torch.Tensor]]:
+        reader = collision_reader(temperature)
+        return self._submit("compute_collisions", lambda: self._read(_as_list(batch), reader))
 
     def compute_values(self, batch: Batch | Sequence[Batch]) -> TrainFuture[list[torch.Tensor]]:
         return self._submit("compute_values", lambda: self._read(_as_list(batch), read_values))

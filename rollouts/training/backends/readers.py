@@ -1,4 +1,4 @@
-"""What is read from a model beside its loss: log-probs of tokens, and the values of a critic.
+"""What is read from a model beside its loss: log-probs of tokens and what goes with them, and the values of a critic.
 
 Shapes: B rows, S positions, N learned tokens, D hidden width, V vocabulary.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rollouts.training.algorithms.log_probs import learned_positions, token_log_probs
+from rollouts.training.algorithms.log_probs import learned_positions, token_log_probs, token_statistics
 from rollouts.training.algorithms.value import scalar_outputs
 from rollouts.training.sft_losses import DeferredLogits, LossFn, accepts_deferred_logits
 
@@ -22,6 +22,19 @@ def log_prob_reader(temperature: float) -> LossFn:
     @accepts_deferred_logits
     def read(logits: Logits, labels: torch.Tensor, loss_mask: torch.Tensor, **_: Any) -> torch.Tensor:
         return token_log_probs(logits, labels, learned_positions(logits, loss_mask), temperature)[0]
+
+    return read
+
+
+def collision_reader(temperature: float) -> LossFn:
+    """A function with a loss's arguments that gives the sum over v of p(v)² [N] float32 at the learned tokens."""
+
+    @accepts_deferred_logits
+    def read(logits: Logits, labels: torch.Tensor, loss_mask: torch.Tensor, **_: Any) -> torch.Tensor:
+        positions = learned_positions(logits, loss_mask)
+        collision = token_statistics(logits, labels, positions, temperature, collision=True).collision
+        assert collision is not None
+        return collision
 
     return read
 

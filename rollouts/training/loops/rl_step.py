@@ -97,6 +97,13 @@ async def learn_from_rollouts(
             columns["old_log_probs"] = await read_log_probs(models.policy, models.policy, samples, config)
         elif config.old_log_probs == "rollout":
             columns["old_log_probs"] = _rollout_log_probs(samples)
+        if config.advantage == "optimal_token_baseline":
+            columns["collision"] = await read_per_token(
+                lambda batches: models.policy.compute_collisions(batches, config.temperature),
+                models.policy,
+                samples,
+                config,
+            )
         if models.reference is not None:
             columns["ref_log_probs"] = await read_log_probs(models.reference, models.policy, samples, config)
         if models.critic is not None:

@@ -65,3 +65,15 @@ def test_the_base_of_an_adapter_stays_what_it_was(make_tiny_model) -> None:
     assert (backend.compute_log_probs(batch).wait()[0] - plain).abs().max() > 1e-2
     with pytest.raises(UserError, match="adapter"):
         create_pytorch_backend(make_tiny_model()).compute_log_probs(batch, adapter=False)
+
+
+def test_collisions_are_sums_of_squared_probabilities(make_tiny_model) -> None:
+    samples = make_samples()[:2]
+    model = make_tiny_model().eval()
+    [found] = create_pytorch_backend(make_tiny_model()).compute_collisions(prepare_rl_batch(samples), 0.7).wait()
+    wanted = []
+    for sample in samples:
+        with torch.no_grad():
+            probs = (model(torch.tensor([sample.tokens])).logits[0].double() / 0.7).softmax(-1)
+        wanted += [float(probs[t - 1].square().sum()) for t, m in enumerate(sample.loss_mask) if m and t]
+    assert found.tolist() == pytest.approx(wanted, rel=1e-4)

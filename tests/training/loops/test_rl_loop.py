@@ -20,7 +20,10 @@ from rollouts.training import (
     run_offline_rl_training,
     run_rl_training,
 )
+from rollouts.training.algorithms.advantages import ESTIMATORS
+from rollouts.training.algorithms.policy_losses import POLICY_LOSSES
 from rollouts.training.loops.rl_metrics import RolloutLog
+from rollouts.training.sft_losses import LossOutput
 
 # What depends on the clock: speeds, and how far the groups that were begun beyond a batch had come when it was full.
 TIMES = ("seconds", "tokens_per_second", "requeued")
@@ -221,3 +224,43 @@ def test_settings_that_do_not_fit(make_tiny_model, tiny_tokenizer, tmp_path: Pat
 
 async def _train(run: Run, config: RLTrainingConfig) -> Any:
     return await run_rl_training(run.backend, run.buffer, run.manager, [run.engine], config, Silent())
+
+
+@pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"gae", "remax", "prime"}))
+def test_every_estimator_makes_a_step(make_tiny_model, tiny_tokenizer, name: str) -> None:
+    """Those that need another model are tested with it (test_rl_models.py)."""
+    [row] = Run(make_tiny_model(), tiny_tokenizer).train(RLTrainingConfig(num_steps=1, advantage=name))
+    assert row["grad_norm"] > 0 and np.isfinite(row["loss"])
+
+
+@pytest.mark.parametrize("name", sorted(POLICY_LOSSES))
+def test_every_loss_makes_steps(make_tiny_model, tiny_tokenizer, name: str) -> None:
+    config = RLTrainingConfig(num_steps=1, num_epochs=2, mini_batches=2, loss={"name": name})
+    [row] = Run(make_tiny_model(), tiny_tokenizer).train(config)
+    assert row["grad_norm"] > 0 and row["optimizer_steps"] == 4
+
+
+def test_functions_of_the_users_own(make_tiny_model, tiny_tokenizer) -> None:
+    """An advantage and a loss as plain functions give the step of the named ones that they copy."""
+
+    def centered(batch: Any, scale: float) -> torch.Tensor:
+        means = {g: np.mean([r for r, h in zip(batch.rewards, batch.group_ids) if h == g]) for g in batch.group_ids}
+        return torch.tensor([(float(r) - means[g]) * scale for r, g in zip(batch.rewards, batch.group_ids)])
+
+    def reinforce(logits: Any, labels: Any, loss_mask: Any, *, advantages: Any, **_: Any) -> LossOutput:
+        positions = loss_mask.flatten().nonzero()[:, 0]
+        log_probs = logits[0].float().log_softmax(-1)[positions - 1].gather(1, labels[0, positions, None])[:, 0]
+        return LossOutput(-(advantages * log_probs).sum(), torch.tensor(float(len(positions))), {})
+
+    rows, backends = [], []
+    for config in (
+        RLTrainingConfig(num_steps=1, advantage=centered, advantage_options={"scale": 1.0}, loss=reinforce),
+        RLTrainingConfig(
+            num_steps=1, advantage="grpo", advantage_options={"norm_by_std": False}, loss={"name": "reinforce"}
+        ),
+    ):
+        run = Run(make_tiny_model(), tiny_tokenizer)
+        rows += run.train(config)
+        backends.append(run.backend)
+    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4)
+    assert same_update(*backends)
