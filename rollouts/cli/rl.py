@@ -105,6 +105,7 @@ def train(recipe: RLRecipe, functions: Functions, is_new: bool, fork_step: Path 
 
 
 async def train_and_log(recipe: RLRecipe, rl: RLRun) -> list[dict[str, Any]]:
+    from rollouts.providers.http import close_clients
     from rollouts.recipes import build
     from rollouts.training import RolloutLog, run_rl_training
     from rollouts.training import distributed_utils as ranks
@@ -112,10 +113,12 @@ async def train_and_log(recipe: RLRecipe, rl: RLRun) -> list[dict[str, Any]]:
     logger = build.build_loggers(recipe, rl.config.num_steps) if ranks.is_main() else None  # type: ignore[arg-type]
     rollout_log = RolloutLog(Path(recipe.run_dir) / "rollouts.jsonl")
     try:
+        await rl.connect()
         return await run_rl_training(
             rl.backend, rl.data_buffer, rl.manager, rl.engines, rl.config, logger, rollout_log=rollout_log, **rl.extras
         )
     finally:
+        await close_clients()
         rollout_log.close()
         if logger is not None:
             logger.close()

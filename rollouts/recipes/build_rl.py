@@ -13,6 +13,7 @@ import torch
 
 from rollouts.errors import UserError
 from rollouts.inference import EmbeddedEngine, SamplingParams
+from rollouts.inference.protocol import InferenceEngine
 from rollouts.models import load_hf_model, parse_dtype
 from rollouts.models.critic import make_critic
 from rollouts.models.load import cast_parameters
@@ -34,6 +35,7 @@ from rollouts.training.filters import FILTERS
 from rollouts.training.functions import load_function
 from rollouts.training.loops.rl_evaluate import RewardEvaluation
 from rollouts.training.loops.rl_step import ProcessRewards
+from rollouts.training.remote_engines import RemoteEngine, SGLangEngine, VLLMEngine
 from rollouts.training.rewards.registry import RewardSpec, load_rewards
 from rollouts.training.rollout_gen import AsyncRolloutManager, EngineGenerate, RolloutConfig
 from rollouts.training.rollout_gen.greedy import GreedyBaselines
@@ -81,12 +83,19 @@ class RLRun:
     config: RLTrainingConfig
     data_buffer: DataBuffer[Sample] | None = None
     manager: AsyncRolloutManager | GreedyBaselines | None = None
-    engines: list[EmbeddedEngine] = field(default_factory=list)
+    engines: list[InferenceEngine] = field(default_factory=list)
     extras: dict[str, Any] = field(default_factory=dict)  # reference, critic, evaluate
+
+    async def connect(self) -> None:
+        """Ask engines that are servers whether they answer, with log-probs that can be trained on."""
+        for engine in self.engines:
+            if isinstance(engine, RemoteEngine):
+                await engine.connect()
 
     def close(self) -> None:
         for engine in self.engines:
-            engine.close()
+            if isinstance(engine, EmbeddedEngine):
+                engine.close()
 
 
 def build_run(
@@ -102,8 +111,8 @@ def build_run(
     """Make the objects, copies of the model before the backend may shard it."""
     precision = parse_dtype(recipe.model.precision)
     is_main = not use_fsdp or torch.distributed.get_rank() == 0
-    own_engine_model = use_fsdp or recipe.rollout.max_staleness > 0
-    served = _copy(model, precision) if own_engine_model and is_main else None
+    apart = use_fsdp or recipe.rollout.max_staleness > 0  # an engine that cannot read the trainer's own weights
+    served = _copy(model, precision) if apart and is_main and recipe.engine.kind == "embedded" else None
     extras: dict[str, Any] = {}
     if recipe.needs_reference and recipe.model.lora is None:
         extras["reference"] = FrozenModel(model, device, precision)
@@ -206,8 +215,10 @@ class _WithEngine:
         return await result if inspect.isawaitable(result) else result
 
 
-def build_engine(recipe: RLRecipe, model: Any, tokenizer: PreTrainedTokenizerBase) -> EmbeddedEngine:
+def build_engine(recipe: RLRecipe, model: Any, tokenizer: PreTrainedTokenizerBase) -> InferenceEngine:
     section = recipe.engine
+    if section.url is not None:
+        return (SGLangEngine if section.kind == "sglang" else VLLMEngine)(section.url)
     return EmbeddedEngine(
         model,
         tokenizer,
@@ -221,7 +232,7 @@ def build_engine(recipe: RLRecipe, model: Any, tokenizer: PreTrainedTokenizerBas
 def build_evaluation(
     recipe: RLRecipe,
     functions: Functions,
-    engine: EmbeddedEngine,
+    engine: InferenceEngine,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sample],
 ) -> RewardEvaluation:

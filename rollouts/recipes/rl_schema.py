@@ -139,12 +139,23 @@ class Rollout(Section):
 
 
 class Engine(Section):
-    """The embedded engine. max_rows: sequences at once. max_length: of prompt and response (null: as long as needed
-    up to the model's limit). cache_gb: memory for keys and values."""
+    """What samples. kind: embedded, or a server of SGLang or vLLM that runs at url and is sent the weights.
 
+    Of the embedded engine: max_rows: sequences at once. max_length: of prompt and response (null: the model's limit, at
+    most 4,096). cache_gb: memory for keys and values.
+    """
+
+    kind: Literal["embedded", "sglang", "vllm"] = "embedded"
+    url: str | None = None
     max_rows: int = Field(256, ge=1)
     max_length: int | None = Field(None, ge=2)
     cache_gb: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _server_has_address(self) -> Self:
+        if (self.kind == "embedded") == (self.url is not None):
+            raise ValueError("kind sglang or vllm needs url, the server's address, and embedded has none")
+        return self
 
 
 class Advantage(Section):
@@ -288,6 +299,10 @@ class RLRecipe(Recipe):
             raise ValueError("train.sync_every makes rollouts older than rollout.max_staleness allows; raise that")
         if self.train.eval_every and not self.data.validation:
             raise ValueError("train.eval_every is set, but data.validation names no prompts; add them")
+        if self.model.lora and self.engine.kind != "embedded":
+            raise ValueError(
+                "model.lora needs engine.kind: embedded, which serves an adapter as it is trained"
+            )
         if self.model.lora and self.distributed.checkpoint_format == "sharded":
             raise ValueError("model.lora and distributed.checkpoint_format: sharded exclude one another; use full")
         return self

@@ -11,10 +11,10 @@ import yaml
 
 from rollouts.errors import UserError
 from rollouts.recipes import rl_schema
-from rollouts.recipes.build_rl import build_config, build_rollouts, load_functions
+from rollouts.recipes.build_rl import build_config, build_engine, build_rollouts, load_functions
 from rollouts.recipes.load import load_recipe, to_yaml
 from rollouts.recipes.rl_schema import ALGORITHMS, RLRecipe
-from rollouts.training import RLTrainingConfig, RolloutConfig, Sample
+from rollouts.training import RLTrainingConfig, RolloutConfig, Sample, SGLangEngine, VLLMEngine
 from rollouts.training.algorithms.advantages import AdvantageConfig
 from rollouts.training.algorithms.policy_losses import PolicyLossConfig
 
@@ -53,6 +53,13 @@ def test_every_algorithm_is_one_line(tmp_path: Path) -> None:
             assert config.loss.name == "gspo" and config.loss.bounds == (3e-4, 4e-4)
 
 
+def test_servers_as_engines(tmp_path: Path) -> None:
+    for kind, engine in (("sglang", SGLangEngine), ("vllm", VLLMEngine)):
+        recipe = load(tmp_path, engine={"kind": kind, "url": "http://localhost:1234"})
+        built = build_engine(recipe, None, None)
+        assert isinstance(built, engine) and built.base_url == "http://localhost:1234"
+
+
 def test_what_the_recipe_says_comes_first(tmp_path: Path) -> None:
     recipe = load(tmp_path, {"loss.eps_high": "0.4", "rollout.filter": "null"}, algorithm="dapo", loss={"eps_low": 0.1})
     assert (recipe.loss.eps_low, recipe.loss.eps_high, recipe.loss.aggregation) == (0.1, 0.4, "token-mean")
@@ -89,6 +96,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     assert "rollout.max_staleness" in error_of(tmp_path, train={"sync_every": 2})
     assert "data.validation" in error_of(tmp_path, train={"eval_every": 2})
     assert "algorithm" in error_of(tmp_path, algorithm="gprpo")
+    assert "needs url" in error_of(tmp_path, engine={"kind": "vllm"})
+    assert "embedded" in error_of(tmp_path, engine={"kind": "vllm", "url": "http://x"}, model={"path": "m", "lora": {}})
     for values, message in (
         ({"reward": "gsm9k"}, "did you mean 'gsm8k'"),
         ({"loss": "gpso"}, "did you mean 'gspo'"),
@@ -130,3 +139,16 @@ def test_shipped_recipes_load(path: Path) -> None:
 
 def test_there_are_four_shipped() -> None:
     assert [p.stem for p in SHIPPED] == ["rl_gsm8k_grpo", "rl_gsm8k_grpo_lora", "rl_gsm8k_ppo", "rl_gsm8k_prime"]
+
+
+def test_the_documented_keys_are_all_of_them_with_their_defaults(tmp_path: Path) -> None:
+    text = (Path(rl_schema.__file__).parents[2] / "docs" / "rl.md").read_text()
+    documented = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    path = tmp_path / "documented.yaml"
+    path.write_text(yaml.safe_dump(documented))
+    load_recipe("rl", path)  # nothing in it is unknown
+    for name in ("rollout", "engine", "advantage", "loss", "train", "evaluation"):
+        section = RLRecipe.model_fields[name].default
+        assert documented[name] == section.model_dump(), name
+    top = {"run_dir", "seed", "device", "distributed", "loggers"}  # as in docs/recipes.md
+    assert set(RLRecipe.model_fields) - top == set(documented)
