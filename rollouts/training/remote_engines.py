@@ -135,12 +135,17 @@ class RemoteEngine(ABC):
         """Send weights out of this process's memory, over gloo.
 
         Raises:
-            UserError: no weights are given.
+            UserError: no weights are given, or those of a model with an adapter on it.
             WeightSyncError: the server refused them or failed; it must be given weights again before it serves.
         """
         if weights is None:
             raise UserError(f"{self!r} shares no memory with the trainer; give it the weights, or a folder of them")
-        return await self._update(partial(self._push, named_tensors(weights)), version, mode)
+        tensors = named_tensors(weights)
+        if any(name.startswith("base_model.") for name in tensors):
+            raise UserError(
+                "a model with an adapter cannot be pushed; save the adapter and give its folder, or merge it first"
+            )
+        return await self._update(partial(self._push, tensors), version, mode)
 
     async def _update(self, load: Any, version: int | None, mode: UpdateMode) -> int:
         if mode not in ("drain", "continue", "abort"):

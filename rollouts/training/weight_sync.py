@@ -204,9 +204,10 @@ async def _sync_one(
         logger.warning("%r did not take the weights of version %d: %s", engine, version, error)
         return SyncResult(engine, None, error=error)
     if coverage < 1 and reference is None:
-        logger.info(
-            "%r shows %.0f %% of its weights; give a reference to check the rest by log-probs", engine, 100 * coverage
-        )
+        logger.log(
+            logging.INFO if coverage else logging.WARNING,
+            "%r shows %.0f %% of its weights; give a reference to check the rest by log-probs", engine, 100 * coverage,
+        )  # fmt: skip
     return SyncResult(engine, version, coverage, gap)
 
 

@@ -164,6 +164,9 @@ async def test_engines_that_are_no_engines(folders: dict[str, Path], engines: li
     for bad, words in ((folders["b"] / "none", "is not a folder"), (None, "shares no memory")):
         with pytest.raises(WeightSyncError, match=words):
             await sync_weights_to_engines([engines[0]], bad, 7)
+    adapted = {f"base_model.model.{name}": tensor for name, tensor in models["b"].named_parameters()}
+    with pytest.raises(WeightSyncError, match="save the adapter"):
+        await sync_weights_to_engines([engines[0]], adapted, 7)
     assert await engines[0].is_healthy()
     assert VLLMEngine().base_url.endswith(":8000") and SGLangEngine().base_url.endswith(":30000")
 
