@@ -166,8 +166,9 @@ class AsyncRolloutManager:
             await self._ask_version()
             while not (groups := self._full_batch()):
                 self._raise_if_told()
+                changed = self._changed  # what admission itself brings to light counts as well
                 self._admit()
-                await self._changed.wait()
+                await changed.wait()
         finally:
             self._filling = False
             if not (self.config.overlap and groups):
