@@ -22,6 +22,7 @@ FAILPOINTS = {
     "checkpoint.mid_replace": "a step is written again: the old one is set aside, the new one not yet in its place",
     "checkpoint.after_rename": "the folder has its name, which is not certainly on disk",
     "checkpoint.before_latest": "the step is committed and `latest` names the step before",
+    "rl.before_sync": "the step is committed and no engine has its weights",
     "checkpoint.mid_purge": "an old step has lost its name and still has its files; reached once a purged step",
 }
 

@@ -60,7 +60,7 @@ def test_killed_at_a_failpoint(
 
 
 def test_every_failpoint_is_killed_at() -> None:
-    assert {*(case[0] for case in KILLS), "checkpoint.mid_replace"} == set(FAILPOINTS)
+    assert {*(case[0] for case in KILLS), "checkpoint.mid_replace", "rl.before_sync"} == set(FAILPOINTS)
 
 
 def test_killed_while_a_damaged_step_is_written_again(new_run: NewRun, uninterrupted: Uninterrupted) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import anyio.lowlevel
 
 from rollouts.errors import UserError
+from rollouts.failpoints import failpoint
 from rollouts.inference.protocol import InferenceEngine, UpdateMode
 from rollouts.training import distributed_utils as ranks
 from rollouts.training.algorithms.policy_losses import PolicyLossConfig, make_policy_loss
@@ -224,6 +225,7 @@ async def sync_weights(
     Raises:
         WeightSyncError: an engine serves something else afterwards (of a ``WeightSyncManager``: every engine).
     """
+    failpoint("rl.before_sync")
     backend.model.eval()  # an engine over this very model samples without dropout
     mode: UpdateMode = "continue" if config.max_staleness > 0 else "drain"
     sharing = [engine for engine in _engines_of(engines) if shares_model(engine, backend)]
