@@ -40,7 +40,11 @@ _HOME = {
     "weight_sync": ("SGLangEngine", "SyncResult", "VLLMEngine", "WeightSyncError", "WeightSyncManager",
                     "sync_weights_to_engines", "update_sglang_weights_from_disk", "update_vllm_weights_from_disk"),
     "model_utils": ("load_hf_model",),
-    "rollout_gen": ("AsyncRolloutManager", "EngineGenerate", "RolloutConfig"),
+    "rollout_gen": ("AsyncRolloutManager", "EngineGenerate", "RolloutConfig", "apply_sample_transforms",
+                    "convert_to_batch", "generate_rollout_batches"),
+    "filters": ("FilterResult", "all_of", "any_of", "check_any_success", "check_min_reward",
+                "check_quality_and_diversity", "check_reasonable_length", "check_response_diversity",
+                "check_reward_nonzero_std", "make_length_filter", "make_threshold_filter"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

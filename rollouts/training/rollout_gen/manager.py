@@ -160,6 +160,7 @@ class AsyncRolloutManager:
         if self._filling:
             raise RuntimeError("generate_batch is running already; one batch is filled at a time")
         self._filling = True
+        self._error = None  # of a group that failed after the last call; it is tried again
         started = time.monotonic()
         groups: list[Group] | None = None
         try:
@@ -173,7 +174,6 @@ class AsyncRolloutManager:
             self._filling = False
             if not (self.config.overlap and groups):
                 await self._abort_in_flight()
-        self._error = None  # if there was one, of a group that this batch does without: it is tried again for the next
         batch = self._consume(groups, time.monotonic() - started)
         if self.config.overlap:
             self._admit()
