@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "speedrun",
         help="train a tokenizer, a base model and a chat model from nothing, in minutes on a CPU",
-        description="Make data, train a tokenizer and a base model, fine-tune it, evaluate both and write a report. "
+        description="Make data, train a tokenizer and a base model, fine-tune it on conversations, let it learn from "
+        "its own answers, evaluate all three and write a report. "
         "Running it again in the same run folder goes on where it stopped.",
     )
     add_recipe_arguments(parser)
@@ -58,15 +60,15 @@ def run(args: argparse.Namespace) -> int:
 def build_config(recipe: SpeedrunRecipe) -> SpeedrunConfig:
     """The recipe as the pipeline's own objects."""
     from rollouts.models import ModelConfig
-    from rollouts.pipeline.stages import SpeedrunConfig, TrainingStage
+    from rollouts.pipeline.stages import RLStage, SpeedrunConfig, TrainingStage
     from rollouts.training.backends.optimizers import OptimizerConfig, ScheduleConfig
 
     values = recipe.model_dump(exclude={"kind", "run_dir"})
-    for name in ("base", "sft"):
+    for name, kind in (("base", TrainingStage), ("sft", TrainingStage), ("rl", RLStage)):
         stage = values[name]
         stage["optimizer"] = OptimizerConfig(**stage["optimizer"])
         stage["schedule"] = ScheduleConfig(**stage["schedule"])
-        values[name] = TrainingStage(**stage)
+        values[name] = kind(**stage)
     return SpeedrunConfig(**values | {"model": ModelConfig(**values["model"])})
 
 
@@ -74,21 +76,24 @@ def summarize(report: dict[str, Any], folder: Path) -> str:
     """What came out, where it lies, and what to try next, as the last lines a person reads."""
     from rollouts.progress import format_duration
 
-    base, sft = report["accuracy"]["base"], report["accuracy"]["sft"]
-    lines = ["", f"{'held-out problems':<20}{'BASE':>8}{'SFT':>8}   95% interval"]
-    for family in sft:
-        interval = f"{sft[family]['low']:.0%} to {sft[family]['high']:.0%}"
-        lines.append(f"{family:<20}{base[family]['accuracy']:>8.1%}{sft[family]['accuracy']:>8.1%}   {interval}")
+    command = "rollouts" if shutil.which("rollouts") else f"{Path(sys.executable).parent / 'rollouts'}"
+    accuracy = report["accuracy"]
+    lines = ["", f"{'held-out problems':<20}{'BASE':>8}{'SFT':>8}{'RL':>8}   95% interval of RL"]
+    for family, rl in accuracy["rl"].items():
+        reached = "".join(f"{accuracy[model][family]['accuracy']:>8.1%}" for model in ("base", "sft", "rl"))
+        lines.append(f"{family:<20}{reached}   {rl['low']:.0%} to {rl['high']:.0%}")
     return "\n".join(
         [
             *lines,
             "",
             f"Done in {format_duration(report['seconds'])}.",
             f"Report:  {folder / 'report.html'} (also report.md, report.json)",
-            f"Model:   {folder / 'sft' / 'final'} (Hugging Face layout)",
+            f"Model:   {folder / 'rl' / 'final'} (Hugging Face layout)",
+            "Talk to it:",
+            f"  {command} chat {folder / 'rl'}       in the terminal",
+            f"  {command} serve {folder / 'rl'}      in the browser",
             "Try next:",
-            "  rollouts speedrun --seed 1 --run_dir runs/seed1     how much of this is luck",
-            f"  rollouts data check {folder / 'data' / 'conversations.jsonl'} --tokenizer {folder / 'tokenizer'}",
-            f"  rollouts export {folder / 'sft'} OUT --dtype bfloat16",
+            f"  {command} speedrun --seed 1 --run_dir runs/seed1     how much of this is luck",
+            f"  {command} export {folder / 'rl'} OUT --dtype bfloat16",
         ]
     )

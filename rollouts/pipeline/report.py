@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import rollouts
-from rollouts.pipeline.report_page import SCORES_NOTE, render_page
+from rollouts.pipeline.report_page import MODELS, SCORES_NOTE, render_page
 from rollouts.pipeline.stages import SpeedrunConfig
 from rollouts.pipeline.tasks import FAMILIES
 from rollouts.progress import format_duration
@@ -26,14 +26,18 @@ Report = dict[str, Any]
 
 
 def write_report(run_dir: Path, config: SpeedrunConfig, records: Sequence[dict[str, Any]]) -> Report:
-    """Collect the stages' records, loss curves, scores and samples; write the three files and return the report."""
+    """Collect the stages' records, learning curves, scores and samples; write the three files and return the report."""
     report = {
         "created": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "seconds": sum(record["seconds"] for record in records),
         "stages": list(records),
         "accuracy": next(record["accuracy"] for record in records if "accuracy" in record),
         "families": {name: family.about for name, family in FAMILIES.items()},
-        "losses": {name: loss_curves(run_dir / name / "metrics.jsonl") for name in ("base", "sft")},
+        "curves": {
+            "base": curves(run_dir / "base" / "metrics.jsonl", "loss"),
+            "sft": curves(run_dir / "sft" / "metrics.jsonl", "loss"),
+            "rl": curves(run_dir / "rl" / "metrics.jsonl", "reward_mean"),
+        },
         "samples": json.loads((run_dir / "evaluation" / "samples.json").read_text(encoding="utf-8")),
         "machine": describe_machine(),
         "versions": {
@@ -55,12 +59,12 @@ def write_report(run_dir: Path, config: SpeedrunConfig, records: Sequence[dict[s
     return report
 
 
-def loss_curves(metrics: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, loss) of every training step, and of every validation."""
+def curves(metrics: Path, name: str) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of a metric at every training step, and at every validation."""
     rows = read_metrics(metrics)
     return {
-        "train": [(row["step"], row["loss"]) for row in rows],
-        "validation": [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None],
+        "train": [(row["step"], row[name]) for row in rows if row.get(name) is not None],
+        "validation": [(row["step"], row[f"val_{name}"]) for row in rows if row.get(f"val_{name}") is not None],
     }
 
 
@@ -89,26 +93,21 @@ def processor_name() -> str:
 
 
 def render_markdown(report: Report) -> str:
-    """The report as Markdown: scores, what each model says, losses, time, machine."""
-    accuracy, losses, samples = report["accuracy"], report["losses"], report["samples"]
+    """The report as Markdown: scores, what each model says, learning, time, machine."""
+    accuracy, samples = report["accuracy"], report["samples"]
     scores = [
-        [family, *(score_text(accuracy[model][family]) for model in ("base", "sft")), accuracy["sft"][family]["number"]]
-        for family in accuracy["sft"]
+        [family, *(score_text(accuracy[model][family]) for model in MODELS), accuracy["rl"][family]["number"]]
+        for family in accuracy["rl"]
     ]
     said = [
-        [
-            reply["family"],
-            reply["prompt"][-1]["content"],
-            reply["answer"],
-            *(reply[m]["greedy"] for m in ("base", "sft")),
-        ]
+        [reply["family"], reply["prompt"][-1]["content"], reply["answer"], *(reply[m]["greedy"] for m in MODELS)]
         for reply in samples["replies"]
     ]
-    continued = [[c["opening"], c["base"]["greedy"], c["sft"]["greedy"]] for c in samples["continuations"]]
-    curves = [
-        [model, len(curve["train"]), f"{curve['train'][0][1]:.3f}", f"{curve['train'][-1][1]:.3f}",
-         f"{curve['validation'][-1][1]:.3f}"]
-        for model, curve in losses.items()
+    continued = [[c["opening"], *(c[m]["greedy"] for m in MODELS)] for c in samples["continuations"]]
+    learning = [
+        [MODELS[model], what, len(curve["train"]), *(f"{curve['train'][i][1]:.3f}" for i in (0, -1)),
+         f"{curve['validation'][-1][1]:.3f}" if curve["validation"] else "–"]
+        for (model, curve), what in zip(report["curves"].items(), ("loss", "loss", "reward"))
     ]  # fmt: skip
     times = [[stage["name"], format_duration(stage["seconds"])] for stage in report["stages"]]
     facts = [*report["machine"].items(), *report["versions"].items()]
@@ -116,23 +115,24 @@ def render_markdown(report: Report) -> str:
         [
             f"# Speedrun of {report['created']}",
             "",
-            f"A tokenizer, a base model and a chat model, made from nothing in {format_duration(report['seconds'])}.",
+            "A tokenizer, a base model, a chat model and one that learned from its own answers, made from nothing in "
+            f"{format_duration(report['seconds'])}.",
             "",
             "## Held-out problems: right answers with 95% Wilson intervals",
             "",
-            *table(["family", "BASE", "SFT", "problems"], scores),
+            *table(["family", *MODELS.values(), "problems"], scores),
             "",
             SCORES_NOTE,
             "",
             "## What each says (greedy)",
             "",
-            *table(["family", "question", "answer", "BASE", "SFT"], said),
+            *table(["family", "question", "answer", *MODELS.values()], said),
             "",
-            *table(["opening", "BASE goes on", "SFT goes on"], continued),
+            *table(["opening", *(f"{label} goes on" for label in MODELS.values())], continued),
             "",
-            "## Losses",
+            "## Learning",
             "",
-            *table(["model", "steps", "first", "last", "validation"], curves),
+            *table(["model", "", "steps", "first", "last", "validation"], learning),
             "",
             "## Time",
             "",

@@ -13,7 +13,7 @@ from rollouts.progress import format_duration
 
 Points = Sequence[Sequence[float]]
 
-MODELS = {"base": "BASE", "sft": "SFT"}
+MODELS = {"base": "BASE", "sft": "SFT", "rl": "RL"}
 
 SCORES_NOTE = (
     "Greedy replies in chat format, graded exactly. No held-out problem occurs in training, in any wording: a hash of "
@@ -23,9 +23,10 @@ SCORES_NOTE = (
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fafaf8; --card: #fff; --ink: #1c2026; --soft: #646c78; --line: #e4e6e9;
-  --base: #87909f; --sft: #2563c9; --good: #18794e; --bad: #b4372f; --shade: #f2f3f5; }
+  --base: #87909f; --sft: #2563c9; --rl: #b35c00; --good: #18794e; --bad: #b4372f; --shade: #f2f3f5; }
 @media (prefers-color-scheme: dark) { :root { --page: #131519; --card: #1a1d23; --ink: #e4e7eb; --soft: #9aa3b0;
-  --line: #2d323a; --base: #8a94a4; --sft: #6ea4ff; --good: #5bc992; --bad: #f0867d; --shade: #22262d; } }
+  --line: #2d323a; --base: #8a94a4; --sft: #6ea4ff; --rl: #f0a04b; --good: #5bc992; --bad: #f0867d;
+  --shade: #22262d; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
@@ -47,7 +48,7 @@ th, td { padding: .5rem .9rem .5rem 0; border-bottom: 1px solid var(--line); ver
 td.number, th.number { text-align: right; white-space: nowrap; }
 tr.all td { font-weight: 600; border-bottom: 2px solid var(--line); }
 td > .small { display: block; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: .75rem; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: .75rem; }
 .card { margin-bottom: .75rem; min-width: 0; } .pair > * { min-width: 0; }
 .turn { display: grid; grid-template-columns: 5rem 1fr; margin: .2rem 0; }
 .turn > span { color: var(--soft); font-size: .8rem; padding-top: .15rem; }
@@ -56,12 +57,13 @@ td > .small { display: block; }
 .said em { font-style: normal; color: var(--soft); }
 .label { font-size: .75rem; font-weight: 600; letter-spacing: .04em; margin-top: .6rem; }
 .right { color: var(--good); font-weight: 600; } .wrong { color: var(--bad); font-weight: 600; }
-.base { color: var(--base); } .sft { color: var(--sft); }
+.base { color: var(--base); } .sft { color: var(--sft); } .rl { color: var(--rl); }
 svg { display: block; max-width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 11px; }
 .axis { stroke: var(--line); } .curve { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .raw { fill: none; stroke-width: 1; opacity: .3; }
-.stroke-base { stroke: var(--base); } .stroke-sft { stroke: var(--sft); }
-.fill-base { fill: var(--base); } .fill-sft { fill: var(--sft); } .fill-other { fill: var(--line); }
+.stroke-base { stroke: var(--base); } .stroke-sft { stroke: var(--sft); } .stroke-rl { stroke: var(--rl); }
+.fill-base { fill: var(--base); } .fill-sft { fill: var(--sft); } .fill-rl { fill: var(--rl); }
+.fill-other { fill: var(--line); }
 .dot { stroke: var(--card); stroke-width: 1.5; }
 pre { background: var(--shade); border-radius: .4rem; padding: .8rem 1rem; overflow-x: auto; }
 summary { cursor: pointer; color: var(--soft); margin: .8rem 0; }
@@ -75,8 +77,8 @@ def render_page(report: dict[str, Any]) -> str:
     where = report["machine"].get("accelerator") or f"{cores} CPU core{'s' if cores != '1' else ''}"
     sections = [
         f"<h1>From nothing to a chat model in {escape(took)}</h1>",
-        f'<p class="soft">A tokenizer, a base model and a fine-tuned model, trained on {escape(where)} with text that '
-        f"was made on the spot. {escape(report['created'])}.</p>",
+        f'<p class="soft">A tokenizer, a base model, a fine-tuned model and one that learned from its own answers, '
+        f"trained on {escape(where)} with text that was made on the spot. {escape(report['created'])}.</p>",
         tiles(report),
         scores(report),
         learning(report),
@@ -96,20 +98,24 @@ def render_page(report: dict[str, Any]) -> str:
 
 
 NEXT = """<h2>What to try next</h2>
-<pre>rollouts speedrun --seed 1 --run_dir runs/seed1               # how much of this is luck?
-rollouts speedrun --conversations 24000 --run_dir runs/long   # twice the conversations
-rollouts data check runs/speedrun/data/conversations.jsonl    # what the chat model learned from
-rollouts export runs/speedrun/sft OUT --dtype bfloat16        # for transformers, vLLM, SGLang</pre>"""
+<pre>rollouts chat runs/speedrun/rl                                # talk to it in the terminal
+rollouts serve runs/speedrun/base runs/speedrun/rl            # or in the browser, side by side
+rollouts speedrun --seed 1 --run_dir runs/seed1               # how much of this is luck?
+rollouts speedrun --rl.num_steps 1000 --run_dir runs/long     # more of its own answers
+rollouts export runs/speedrun/rl OUT --dtype bfloat16         # for transformers, vLLM, SGLang</pre>"""
 
 
 def tiles(report: dict[str, Any]) -> str:
-    """The four figures to remember."""
-    base, sft = (report["accuracy"][model]["all"]["accuracy"] for model in MODELS)
+    """The figures to remember."""
+    reached = " → ".join(
+        f'<span class="{model}">{report["accuracy"][model]["all"]["accuracy"]:.0%}</span>' for model in MODELS
+    )
     stages = {stage["name"]: stage for stage in report["stages"]}
     figures = [
-        (f'<span class="base">{base:.0%}</span> → <span class="sft">{sft:.0%}</span>', "of held-out problems right"),
+        (reached, "of held-out problems right"),
         (f"{stages['sft']['parameters'] / 1e6:.2f}M", "parameters"),
         (f"{(stages['base']['tokens'] + stages['sft']['tokens']) / 1e6:.2f}M", "tokens read"),
+        (f"{stages['rl']['samples']:,}", "answers of its own"),
         (format_duration(report["seconds"]), "in all"),
     ]
     cells = "".join(f'<div class="tile"><b>{figure}</b><span>{what}</span></div>' for figure, what in figures)
@@ -120,57 +126,65 @@ def scores(report: dict[str, Any]) -> str:
     """The table of accuracies with their intervals, in figures and drawn."""
     accuracy = report["accuracy"]
     rows = []
-    for family, sft in accuracy["sft"].items():
-        base = accuracy["base"][family]
+    for family, last in accuracy["rl"].items():
+        found = {model: accuracy[model][family] for model in MODELS}
         cells = "".join(
             f'<td class="number">{score["accuracy"]:.1%}'
             f'<span class="soft small">{score["low"]:.0%}–{score["high"]:.0%}</span></td>'
-            for score in (base, sft)
+            for score in found.values()
         )
         rows.append(
             f"<tr{' class=all' if family == 'all' else ''}><td>{escape(family)}"
             f'<span class="soft small">{escape(report["families"].get(family, ""))}</span></td>{cells}'
-            f'<td>{interval_plot(base, sft)}</td><td class="number soft">{sft["number"]}</td></tr>'
+            f'<td>{interval_plot(found)}</td><td class="number soft">{last["number"]}</td></tr>'
         )
+    heads = "".join(f'<th class="number">{label}</th>' for label in MODELS.values())
     return (
         f"<h2>What changed</h2>\n<p>{SCORES_NOTE} Below each figure, and as a bar, its 95% Wilson interval.</p>\n"
-        '<div class="scroll"><table><tr><th>family</th><th class="number">BASE</th><th class="number">SFT</th>'
-        f'<th>0 – 100%</th><th class="number">problems</th></tr>{"".join(rows)}</table></div>'
+        f'<div class="scroll"><table><tr><th>family</th>{heads}<th>0 – 100%</th><th class="number">problems</th></tr>'
+        f"{''.join(rows)}</table></div>"
     )
 
 
-def interval_plot(base: dict[str, float], sft: dict[str, float]) -> str:
-    """Both accuracies as dots on a line from 0 to 100%, each with its interval as a bar."""
-    marks = "".join(
-        f'<rect class="fill-{name}" opacity=".3" x="{5 + 2 * 100 * s["low"]:.1f}" y="{y - 4}" rx="2" '
-        f'width="{max(200 * (s["high"] - s["low"]), 1):.1f}" height="8"/>'
-        f'<circle class="fill-{name} dot" cx="{5 + 200 * s["accuracy"]:.1f}" cy="{y}" r="5"/>'
-        for name, s, y in (("base", base, 10), ("sft", sft, 24))
-    )
-    label = f"BASE {base['accuracy']:.0%}, SFT {sft['accuracy']:.0%}"
-    grid = "".join(f'<line class="axis" x1="{x}" x2="{x}" y1="2" y2="32"/>' for x in (5, 55, 105, 155, 205))
-    return f'<svg width="210" height="34" viewBox="0 0 210 34" role="img" aria-label="{label}">{grid}{marks}</svg>'
+def interval_plot(scores: dict[str, dict[str, float]]) -> str:
+    """Each model's accuracy as a dot on a line from 0 to 100%, with its interval as a bar."""
+    marks, height = "", 14 * len(scores) + 6
+    for i, (name, s) in enumerate(scores.items()):
+        y = 10 + 14 * i
+        marks += (
+            f'<rect class="fill-{name}" opacity=".3" x="{5 + 2 * 100 * s["low"]:.1f}" y="{y - 4}" rx="2" '
+            f'width="{max(200 * (s["high"] - s["low"]), 1):.1f}" height="8"/>'
+            f'<circle class="fill-{name} dot" cx="{5 + 200 * s["accuracy"]:.1f}" cy="{y}" r="5"/>'
+        )
+    label = ", ".join(f"{MODELS[name]} {s['accuracy']:.0%}" for name, s in scores.items())
+    grid = "".join(f'<line class="axis" x1="{x}" x2="{x}" y1="2" y2="{height - 2}"/>' for x in (5, 55, 105, 155, 205))
+    box = f'width="210" height="{height}" viewBox="0 0 210 {height}"'
+    return f'<svg {box} role="img" aria-label="{label}">{grid}{marks}</svg>'
 
 
 def learning(report: dict[str, Any]) -> str:
-    """Both loss curves side by side."""
-    charts = "".join(
-        f'<div class="card"><h3 class="{name}">{title}</h3>{loss_chart(name, report["losses"][name])}</div>'
-        for name, title in (("base", "BASE: pre-training on documents"), ("sft", "SFT: fine-tuning on conversations"))
+    """The curves side by side: losses, and the reward of what RL learned from."""
+    curves = report["curves"]
+    cards = (
+        ("base", "BASE: pre-training on documents", curve_chart("base", "loss", curves["base"])),
+        ("sft", "SFT: fine-tuning on conversations", curve_chart("sft", "loss", curves["sft"])),
+        ("rl", "RL: learning from its own answers", curve_chart("rl", "reward", curves["rl"])),
     )
+    charts = "".join(f'<div class="card"><h3 class="{name}">{title}</h3>{chart}</div>' for name, title, chart in cards)
     return (
         "<h2>Learning</h2>\n<p>Loss per learned token by step: training (faint, with its running mean) and validation "
-        f'(dots) on texts full of held-out problems.</p>\n<div class="pair">{charts}</div>'
+        "(dots) on texts full of held-out problems. Reward: the share of right answers among those sampled in a step."
+        f'</p>\n<div class="pair">{charts}</div>'
     )
 
 
-def loss_chart(name: str, curves: dict[str, Points]) -> str:
-    """An SVG of training and validation loss over steps."""
+def curve_chart(name: str, what: str, curves: dict[str, Points]) -> str:
+    """An SVG of a quantity over the steps of training and, as dots, in validation."""
     train, validation = curves["train"], curves["validation"]
     width, height, left, bottom, top = 440, 240, 38, 26, 8
     last_step = max(int(train[-1][0]), 2)
     running = running_mean(train, 0.95)
-    high = max(y for _, y in [*running, *validation])
+    high = max([y for _, y in [*running, *validation]] + [1e-6])
     tick = nice_step(high / 4)
     high = math.ceil(high / tick) * tick
 
@@ -191,15 +205,16 @@ def loss_chart(name: str, curves: dict[str, Points]) -> str:
     for x in range(step_tick, last_step + 1, step_tick):
         grid += f'<text x="{place(x, 0)[0]:.1f}" y="{height - 8}" text-anchor="middle">{x}</text>'
     dots = ""
-    for step, loss in validation:
-        across, down = place(step, loss)
-        title = f"<title>step {step}: {loss:.3f}</title>"
+    for step, value in validation:
+        across, down = place(step, value)
+        title = f"<title>step {step}: {value:.3f}</title>"
         dots += f'<circle class="fill-{name} dot" cx="{across:.1f}" cy="{down:.1f}" r="4.5">{title}</circle>'
     lines = (
         f'<path class="raw stroke-{name}" d="{path(train)}"/><path class="curve stroke-{name}" d="{path(running)}"/>'
     )
-    final = f"validation loss {validation[-1][1]:.3f} after {last_step:,} steps"
-    label = f"loss from {train[0][1]:.2f} to {train[-1][1]:.2f}; {final}"
+    final = f"validation {what} {validation[-1][1]:.3f}" if validation else f"{what} {running[-1][1]:.3f} on average"
+    final += f" after {last_step:,} steps"
+    label = f"{what} from {train[0][1]:.2f} to {train[-1][1]:.2f}; {final}"
     return (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{label}">{grid}{lines}{dots}</svg>'
         f'<div class="small soft">{final}</div>'
@@ -222,7 +237,7 @@ def nice_step(rough: float) -> float:
 
 
 def replies(report: dict[str, Any]) -> str:
-    """One held-out problem a family: what was asked and what either model says, greedy and sampled."""
+    """One held-out problem a family: what was asked and what each model says, greedy and sampled."""
     cards = []
     for reply in report["samples"]["replies"]:
         turns = "".join(
@@ -237,13 +252,13 @@ def replies(report: dict[str, Any]) -> str:
         cards.append(f'<div class="card"><h3>{title}</h3>{turns}{side_by_side(boxes)}</div>')
     temperature = report["samples"]["temperature"]
     return (
-        "<h2>Side by side</h2>\n<p>The first held-out problem of each family, answered by both models. "
+        "<h2>Side by side</h2>\n<p>The first held-out problem of each family, answered by each model. "
         f"Above: greedy; below: sampled at temperature {temperature:g}.</p>\n{''.join(cards)}"
     )
 
 
 def continuations(report: dict[str, Any]) -> str:
-    """How either model goes on from the opening of a document."""
+    """How each model goes on from the opening of a document."""
     cards = []
     for sample in report["samples"]["continuations"]:
         opening = f"<em>{escape(sample['opening'])}</em>"
@@ -267,7 +282,7 @@ def shown(text: str) -> str:
 
 
 def side_by_side(boxes: dict[str, list[str]]) -> str:
-    """Each model's boxes of HTML under its name, in two columns where there is room."""
+    """Each model's boxes of HTML under its name, in columns where there is room."""
     columns = (
         f'<div><div class="label {model}">{label}</div>'
         + "".join(f'<div class="said">{box}</div>' for box in boxes[model])

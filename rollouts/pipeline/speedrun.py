@@ -25,13 +25,14 @@ def run_speedrun(run_dir: Path, config: stages.SpeedrunConfig, startup_seconds: 
     Args:
         startup_seconds: what the process spent before this call, for the account of where the time went.
     """
-    data, tokenizer, base, sft = (run_dir / name for name in ("data", "tokenizer", "base", "sft"))
+    data, tokenizer, base, sft, rl = (run_dir / name for name in ("data", "tokenizer", "base", "sft", "rl"))
     work: dict[str, Callable[[Path], stages.Summary]] = {
         "data": partial(stages.make_data, config),
         "tokenizer": partial(stages.make_tokenizer, config, data),
         "base": partial(stages.train_base, config, data, tokenizer),
         "sft": partial(stages.train_sft, config, data, base),
-        "evaluation": partial(stages.evaluate, config, data, {"base": base, "sft": sft}),
+        "rl": partial(stages.train_rl, config, sft),
+        "evaluation": partial(stages.evaluate, config, data, {"base": base, "sft": sft, "rl": rl}),
     }
     records = [{"name": "start-up", "seconds": startup_seconds}]
     for number, (name, make) in enumerate(work.items(), 1):
@@ -62,7 +63,8 @@ ABOUT = {
     "tokenizer": "training a byte-level BPE tokenizer",
     "base": "pre-training a new model on the documents",
     "sft": "fine-tuning it on the conversations",
-    "evaluation": "asking both models the held-out problems",
+    "rl": "letting it learn from its own answers, each graded",
+    "evaluation": "asking all three models the held-out problems",
 }
 
 
@@ -77,6 +79,8 @@ def describe(record: dict[str, Any]) -> str:
         case "base" | "sft":
             text = f"{record['parameters']:,} parameters, {record['steps']:,} steps, {record['tokens']:,} tokens, "
             text += f"validation loss {record['val_loss']:.3f}"
+        case "rl":
+            text = f"{record['steps']:,} steps, {record['samples']:,} answers, {record['reward']:.0%} right at the end"
         case _:
             scores = [f"{name} {accuracy['all']['accuracy']:.1%}" for name, accuracy in record["accuracy"].items()]
             text = f"right answers: {', '.join(scores)}"

@@ -14,21 +14,36 @@ import anyio
 import torch
 
 from rollouts.errors import UserError
+from rollouts.inference import EmbeddedEngine, SamplingParams
 from rollouts.models import ModelConfig, export_checkpoint, load_hf_model, load_tokenizer, make_model, parse_device
 from rollouts.models.tokenizer import MIN_VOCAB_SIZE, save_tokenizer, train_tokenizer
 from rollouts.pipeline.documents import make_documents
 from rollouts.pipeline.evaluation import grade_problems, summarize
 from rollouts.pipeline.generation import generate, reply_to_problems
-from rollouts.pipeline.tasks import FAMILIES, Problem, is_correct, make_conversations, make_held_out
+from rollouts.pipeline.tasks import (
+    FAMILIES,
+    Problem,
+    extract_answer,
+    is_correct,
+    make_conversations,
+    make_held_out,
+    make_problems,
+)
 from rollouts.pipeline.world import Split
 from rollouts.training.backends.optimizers import OptimizerConfig, ScheduleConfig
 from rollouts.training.backends.pytorch_factory import create_pytorch_backend
 from rollouts.training.checkpoints import find_latest
+from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.datasets.dataset_loaders import SampleDataset, load_sft_dataset
 from rollouts.training.datasets.sources import DatasetSpec
 from rollouts.training.loops import PretrainingConfig, TokenBlocks, run_pretraining, run_sft_training
+from rollouts.training.loops.rl_loop import run_rl_training
+from rollouts.training.loops.rl_metrics import RolloutLog
 from rollouts.training.metrics import CompositeLogger, ConsoleLogger, JSONLLogger
-from rollouts.training.types import SFTTrainingConfig
+from rollouts.training.rollout_gen.config import RolloutConfig
+from rollouts.training.rollout_gen.engine_generate import EngineGenerate
+from rollouts.training.rollout_gen.manager import AsyncRolloutManager
+from rollouts.training.types import RLTrainingConfig, Sample, SFTTrainingConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,6 +78,31 @@ class TrainingStage:
 
 
 @dataclass(frozen=True)
+class RLStage:
+    """How the chat model learns from its own replies: GRPO on fresh problems with exactly checkable answers.
+
+    Args:
+        families: the kinds of problems, asked in equal parts.
+        num_steps: batches of replies; each problem is asked in one of them only.
+        prompts, samples: problems of a batch, and replies to each.
+        mini_batches: optimizer steps that a batch is divided into.
+        max_tokens: of a reply.
+        log_every, checkpoint_every: in steps; 0 = only at the end.
+    """
+
+    families: tuple[str, ...]
+    num_steps: int
+    prompts: int = 16
+    samples: int = 8
+    mini_batches: int = 1
+    max_tokens: int = 48
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig("adamw", lr=5e-4))
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig("linear", min_lr_ratio=0.1))
+    log_every: int = 20
+    checkpoint_every: int = 100
+
+
+@dataclass(frozen=True)
 class SpeedrunConfig:
     """Everything that decides how a speedrun comes out.
 
@@ -70,6 +110,8 @@ class SpeedrunConfig:
         documents, conversations: how many to make for pre-training and SFT.
         validation: how many of each to make for the validation loss, from held-out problems.
         held_out: questions a family of tasks, for the evaluation.
+        careless: share of wrong demonstrations in some families (``tasks.CARELESS_FAMILIES``): what SFT imitates and RL
+            unlearns.
         rehearsal: share of the documents that SFT reads again, so that it does not unlearn them.
         precision: of computing: ``"float32"``, ``"bfloat16"`` (with float32 master weights), or ``"auto"`` for
             bfloat16 where the device has instructions for it.
@@ -88,7 +130,9 @@ class SpeedrunConfig:
     model: ModelConfig
     base: TrainingStage
     sft: TrainingStage
+    rl: RLStage
     rehearsal: float = 0.1
+    careless: float = 0.55
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
@@ -104,7 +148,7 @@ def make_data(config: SpeedrunConfig, out: Path) -> Summary:
     """Write the synthetic data as JSONL: documents, conversations, validation sets of both, and held-out problems."""
     seed, validation = config.seed, config.validation
     documents = make_documents(seed, config.documents, Split.TRAIN)
-    conversations = make_conversations(seed, config.conversations, Split.TRAIN)
+    conversations = make_conversations(seed, config.conversations, Split.TRAIN, config.careless)
     held_out = make_held_out(seed, config.held_out)
     write_jsonl(out / "documents.jsonl", ({"text": text} for text in documents))
     write_jsonl(out / "conversations.jsonl", (problem.to_row() for problem in conversations))
@@ -146,6 +190,72 @@ def train_sft(config: SpeedrunConfig, data: Path, base_folder: Path, out: Path) 
     loop_config = SFTTrainingConfig(**loop_options(config, config.sft, len(samples)))
     loop = partial(run_sft_training, samples=samples, config=loop_config, validation=validation)
     return train("sft", config, config.sft, model, tokenizer, samples, loop, loop_config, out)
+
+
+def train_rl(config: SpeedrunConfig, sft_folder: Path, out: Path) -> Summary:
+    """Let the chat model learn from its own graded replies; ``out`` as in ``train_base``, with ``rollouts.jsonl``."""
+    stage = config.rl
+    model, tokenizer = load_hf_model(sft_folder / "final", config.device, "float32")
+    precision = native_precision(model.device) if config.precision == "auto" else config.precision
+    backend = create_pytorch_backend(
+        model,
+        tokenizer,
+        checkpoint_dir=out / "checkpoints",
+        precision=precision,
+        optimizer=stage.optimizer,
+        schedule=stage.schedule,
+        num_steps=stage.num_steps * stage.mini_batches,
+    )
+    problems = make_problems(config.seed, stage.num_steps * stage.prompts, stage.families)
+    prompts = [
+        Sample(prompt=list(p.prompt), id=f"{i}", metadata={"answer": p.answer, "task": p.family})
+        for i, p in enumerate(problems)
+    ]
+    buffer = DataBuffer(prompts, shuffle=False)
+    loop_config = RLTrainingConfig(
+        num_steps=stage.num_steps,
+        mini_batches=stage.mini_batches,
+        loss={"eps_high": 0.28},
+        seed=config.seed,
+        log_every=stage.log_every,
+        checkpoint_every=stage.checkpoint_every,
+        keep_checkpoints=1,
+    )
+    logger = CompositeLogger(
+        [JSONLLogger(out / "metrics.jsonl"), ConsoleLogger(stage.num_steps, stage.log_every, "rl")]
+    )
+    rollout_log = RolloutLog(out / "rollouts.jsonl")
+    params = SamplingParams(max_tokens=stage.max_tokens)
+    with EmbeddedEngine(model, tokenizer, max_length=512, max_rows=stage.prompts * stage.samples) as engine:
+        rollouts = RolloutConfig(
+            batch_size=stage.prompts,
+            n_samples_per_prompt=stage.samples,
+            generate_fn=EngineGenerate(engine, tokenizer, params),
+            reward_fn=reply_is_right,
+            seed=config.seed,
+        )
+        manager = AsyncRolloutManager(buffer, rollouts)
+        loop = partial(run_rl_training, metrics_logger=logger, rollout_log=rollout_log)
+        try:
+            history = anyio.run(loop, backend, buffer, manager, [engine], loop_config)
+        finally:
+            logger.close()
+            rollout_log.close()
+    step = find_latest(out / "checkpoints")
+    assert step is not None, "the loop commits its last step"
+    export_checkpoint(step, out / "final", overwrite=True)
+    return {
+        "parameters": model.num_parameters(),
+        "precision": precision,
+        "steps": stage.num_steps,
+        "samples": stage.num_steps * stage.prompts * stage.samples,
+        "reward": history[-1]["reward_mean"],
+    }
+
+
+async def reply_is_right(sample: Sample) -> float:
+    """1 for a reply that ends with the right answer, else 0."""
+    return float(extract_answer(sample.response) == sample.metadata["answer"])
 
 
 def load_samples(

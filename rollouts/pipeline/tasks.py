@@ -6,7 +6,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from rollouts.pipeline.world import (
@@ -328,13 +328,43 @@ FAMILIES = {
 }
 
 
-def make_conversations(seed: int, number: int, split: Split = Split.TRAIN) -> list[Problem]:
-    """Conversations drawn from the mixture of families, every one on this side of the split."""
+def mistaken(problem: Problem) -> Problem:
+    """The problem with the reply of somebody careless: of two numbers the other one, of a list the last two swapped.
+
+    Worked example: asked for the larger of 3 and 5, ``The larger number is 3.``
+    """
+    if problem.family == "compare":
+        _, a, b = problem.key.split()
+        wrong = b if problem.answer == a else a
+    else:
+        *words, last, end = problem.answer.split(", ")
+        wrong = ", ".join([*words, end, last])
+    reply = [{**message, "content": message["content"].replace(problem.answer, wrong)} for message in problem.reply]
+    return replace(problem, reply=reply, answer=wrong)
+
+
+CARELESS_FAMILIES = ("compare", "sort", "reverse")
+
+
+def make_conversations(seed: int, number: int, split: Split = Split.TRAIN, careless: float = 0.0) -> list[Problem]:
+    """Conversations drawn from the mixture of families, every one on this side of the split.
+
+    Args:
+        careless: share of wrong replies among the demonstrations of ``CARELESS_FAMILIES``, as in data made by people.
+    """
     rng = random.Random(f"conversations {seed} {split}")
+    chance = random.Random(f"careless {seed} {split}")
     families = tuple(FAMILIES.values())
-    return [
+    drawn = (
         family.make(rng, split) for family in rng.choices(families, [family.share for family in families], k=number)
-    ]
+    )
+    return [mistaken(p) if p.family in CARELESS_FAMILIES and chance.random() < careless else p for p in drawn]
+
+
+def make_problems(seed: int, number: int, families: Sequence[str], split: Split = Split.TRAIN) -> list[Problem]:
+    """Problems of these families in equal parts, on this side of the split; another seed gives other problems."""
+    rng = random.Random(f"problems {seed} {split}")
+    return [FAMILIES[rng.choice(families)].make(rng, split) for _ in range(number)]
 
 
 def make_held_out(seed: int, per_family: int) -> list[Problem]:

@@ -300,9 +300,7 @@ class RLRecipe(Recipe):
         if self.train.eval_every and not self.data.validation:
             raise ValueError("train.eval_every is set, but data.validation names no prompts; add them")
         if self.model.lora and self.engine.kind != "embedded":
-            raise ValueError(
-                "model.lora needs engine.kind: embedded, which serves an adapter as it is trained"
-            )
+            raise ValueError("model.lora needs engine.kind: embedded, which serves an adapter as it is trained")
         if self.model.lora and self.distributed.checkpoint_format == "sharded":
             raise ValueError("model.lora and distributed.checkpoint_format: sharded exclude one another; use full")
         return self

@@ -295,12 +295,32 @@ class SpeedrunStage(Section):
     checkpoint_every: int = Field(200, ge=0)
 
 
+class SpeedrunRL(Section):
+    """How the speedrun's chat model learns from its own answers.
+
+    families: of problems to ask. num_steps: batches of prompts x samples answers, each learned from in
+    mini_batches optimizer steps. max_tokens: of an answer.
+    """
+
+    families: list[str] = Field(min_length=1)
+    num_steps: int = Field(ge=1)
+    prompts: int = Field(16, ge=1)
+    samples: int = Field(8, ge=2)
+    mini_batches: int = Field(1, ge=1)
+    max_tokens: int = Field(48, ge=1)
+    optimizer: Optimizer = Optimizer(lr=1e-3)
+    schedule: Schedule = Schedule(name="linear", min_lr_ratio=0.1)
+    log_every: int = Field(20, ge=0)
+    checkpoint_every: int = Field(100, ge=0)
+
+
 class SpeedrunRecipe(Recipe):
     """The whole pipeline on data made by code.
 
     documents, conversations: how many to make. validation: how many of each for the validation loss. held_out:
-    questions a family of tasks. rehearsal: share of the documents that sft reads again. precision: auto takes bfloat16
-    where the device has instructions for it. max_new_tokens, temperature: of the sampled replies.
+    questions a family of tasks. rehearsal: share of the documents that sft reads again. careless: share of wrong
+    demonstrations of comparing, sorting and reversing, which sft imitates and rl unlearns. precision: auto takes
+    bfloat16 where the device has instructions for it. max_new_tokens, temperature: of the sampled replies.
     """
 
     kind: Literal["speedrun"] = "speedrun"
@@ -313,7 +333,9 @@ class SpeedrunRecipe(Recipe):
     model: ModelInit
     base: SpeedrunStage
     sft: SpeedrunStage
+    rl: SpeedrunRL
     rehearsal: float = Field(0.1, ge=0)
+    careless: float = Field(0.55, ge=0, le=1)
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     max_new_tokens: int = Field(64, ge=1)
     temperature: float = Field(0.8, ge=0)

@@ -51,7 +51,7 @@ def test_summarize_counts_by_family_and_in_all() -> None:
 def make_report(reply: str = "The answer is 19.") -> dict[str, Any]:
     accuracy = summarize([{"family": f, "correct": i % 2 == 0} for f in FAMILIES for i in range(8)])
     ways = {"greedy": reply, "sampled": reply}
-    answers = {"base": ways, "sft": ways}
+    answers = {"base": ways, "sft": ways, "rl": ways}
     right = {"greedy": True, "sampled": False}
     return {
         "created": "2026-01-01 00:00:00 +0000",
@@ -59,14 +59,16 @@ def make_report(reply: str = "The answer is 19.") -> dict[str, Any]:
         "stages": [
             {"name": "start-up", "seconds": 5.0},
             {"name": "base", "seconds": 95.0, "tokens": 900_000, "parameters": 1_000_000},
-            {"name": "sft", "seconds": 100.0, "tokens": 800_000, "parameters": 1_000_000},
+            {"name": "sft", "seconds": 80.0, "tokens": 800_000, "parameters": 1_000_000},
+            {"name": "rl", "seconds": 20.0, "samples": 5_000, "parameters": 1_000_000},
         ],
-        "accuracy": {"base": accuracy, "sft": accuracy},
+        "accuracy": {"base": accuracy, "sft": accuracy, "rl": accuracy},
         "families": {name: family.about for name, family in FAMILIES.items()},
-        "losses": {
+        "curves": {
             name: {"train": [[s, 7.0 / s] for s in range(1, 500)], "validation": [[100, 0.1], [499, 0.02]]}
             for name in ("base", "sft")
-        },
+        }
+        | {"rl": {"train": [[s, 0.0] for s in range(1, 3)], "validation": []}},
         "samples": {
             "temperature": 0.8,
             "continuations": [{"opening": reply, **answers}],
@@ -75,7 +77,7 @@ def make_report(reply: str = "The answer is 19.") -> dict[str, Any]:
                     "family": "sort",
                     "prompt": [{"role": "user", "content": reply}],
                     "answer": reply,
-                    "correct": {"base": right, "sft": right},
+                    "correct": {"base": right, "sft": right, "rl": right},
                     **answers,
                 }
             ],

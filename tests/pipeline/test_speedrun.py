@@ -17,7 +17,8 @@ from rollouts.pipeline import stages
 MINIATURE = {
     "documents": 60, "conversations": 80, "validation": 8, "held_out": 2, "vocab_size": 400, "max_new_tokens": 8,
     "model.hidden_size": 32, "model.num_layers": 1, "model.head_dim": 8, "base.batch_size": 4, "base.block_length": 128,
-    "sft.batch_size": 8, "sft.checkpoint_every": 4, "device": "cpu", "precision": "float32",
+    "sft.batch_size": 8, "sft.checkpoint_every": 4, "rl.num_steps": 4, "rl.prompts": 2, "rl.samples": 4,
+    "rl.max_tokens": 8, "rl.checkpoint_every": 2, "device": "cpu", "precision": "float32",
 }  # fmt: skip
 
 
@@ -42,13 +43,17 @@ def test_it_leaves_models_data_and_reports(finished: Path) -> None:
         "tokenizer",
         "base",
         "sft",
+        "rl",
         "evaluation",
     ]
     assert report["seconds"] == pytest.approx(sum(stage["seconds"] for stage in report["stages"]))
     assert report["accuracy"]["sft"]["all"]["number"] == 20
     for name in ("base", "sft"):
-        curve = report["losses"][name]["train"]
+        curve = report["curves"][name]["train"]
         assert curve[-1][1] < curve[0][1]
+    assert [step for step, _ in report["curves"]["rl"]["train"]] == [1, 2, 3, 4]
+    assert len((finished / "rl" / "rollouts.jsonl").read_text().splitlines()) == 4 * 2 * 4
+    for name in ("base", "sft", "rl"):
         model = AutoModelForCausalLM.from_pretrained(finished / name / "final")
         tokenizer = AutoTokenizer.from_pretrained(finished / name / "final")
         assert model.config.vocab_size == len(tokenizer) == 400
@@ -63,6 +68,7 @@ def test_it_leaves_models_data_and_reports(finished: Path) -> None:
 def test_held_out_problems_do_not_occur_in_its_files(finished: Path) -> None:
     held_out = stages.read_jsonl(finished / "data" / "held_out.jsonl")
     trained = stages.read_jsonl(finished / "data" / "conversations.jsonl")
+    trained += [{"messages": [*row["prompt"], {}]} for row in stages.read_jsonl(finished / "rl" / "rollouts.jsonl")]
     questions = {json.dumps(row["messages"][: len(row["messages"]) - 1]) for row in trained}
     assert held_out and not any(json.dumps(problem["prompt"]) in questions for problem in held_out)
     documents = (finished / "data" / "documents.jsonl").read_text() + json.dumps(trained)
@@ -77,35 +83,42 @@ def test_held_out_problems_do_not_occur_in_its_files(finished: Path) -> None:
 def test_a_second_run_skips_everything_and_reports_the_same(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = json.loads((finished / "report.json").read_text())
     assert speedrun(finished) == 0
-    assert capsys.readouterr().out.count("complete, skipped") == 5
+    assert capsys.readouterr().out.count("complete, skipped") == 6
     after = json.loads((finished / "report.json").read_text())
-    assert after["accuracy"] == before["accuracy"] and after["losses"] == before["losses"]
+    assert after["accuracy"] == before["accuracy"] and after["curves"] == before["curves"]
 
 
+@pytest.mark.parametrize(("stage", "step", "last"), [("sft", 6, 11), ("rl", 3, 4)])
 def test_an_interrupted_run_ends_as_if_it_had_not_been(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+    step: int,
+    last: int,
 ) -> None:
-    """Interrupted after a checkpoint of SFT, then run again: the same weights, and every step once in the metrics."""
+    """Interrupted after a checkpoint, then run again: the same weights, and every step once in the metrics."""
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
-    for name in ("sft", "evaluation"):
+    for name in (stage, "evaluation"):
         shutil.rmtree(run_dir / name)
     log = stages.JSONLLogger.log
 
-    def interrupt(self: stages.JSONLLogger, step: int, metrics: dict[str, float]) -> None:
-        log(self, step, metrics)
-        if step == 6:
+    def interrupt(self: stages.JSONLLogger, now: int, metrics: dict[str, float]) -> None:
+        log(self, now, metrics)
+        if now == step:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(stages.JSONLLogger, "log", interrupt)
     assert speedrun(run_dir) == 130
     assert "goes on" in capsys.readouterr().err
-    assert not (run_dir / "sft" / "final").exists()
+    assert not (run_dir / stage / "final").exists()
     monkeypatch.setattr(stages.JSONLLogger, "log", log)
     assert speedrun(run_dir) == 0
-    steps = [row["step"] for row in stages.read_jsonl(run_dir / "sft" / "metrics.jsonl")]
-    assert steps == list(range(1, 12))
-    resumed, straight = (load_file(folder / "sft" / "final" / "model.safetensors") for folder in (run_dir, finished))
+    steps = [row["step"] for row in stages.read_jsonl(run_dir / stage / "metrics.jsonl")]
+    assert steps == list(range(1, last + 1))
+    resumed, straight = (load_file(folder / stage / "final" / "model.safetensors") for folder in (run_dir, finished))
     assert resumed.keys() == straight.keys()
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 

@@ -16,11 +16,14 @@ from hypothesis import strategies as st
 
 from rollouts.pipeline.documents import DOCUMENT_KINDS, make_documents
 from rollouts.pipeline.tasks import (
+    CARELESS_FAMILIES,
     FAMILIES,
     extract_answer,
     is_correct,
     make_conversations,
     make_held_out,
+    make_problems,
+    mistaken,
     parse_tool_call,
     run_calculator,
 )
@@ -31,7 +34,7 @@ SEEDS = st.integers(0, 10**6)
 
 def training_texts(seed: int) -> list[str]:
     """Every document and every message that a speedrun of this seed would train on, in small."""
-    conversations = make_conversations(seed, 1500)
+    conversations = make_conversations(seed, 1500, careless=0.55)
     messages = [m["content"] for c in conversations for m in (*c.prompt, *c.reply)]
     calls = [json.dumps(m["tool_calls"]) for c in conversations for m in c.reply if "tool_calls" in m]
     return [*make_documents(seed, 1500), *messages, *calls]
@@ -185,3 +188,24 @@ def test_data_is_the_same_in_every_process() -> None:
 def test_shares_add_up_to_one() -> None:
     assert sum(family.share for family in FAMILIES.values()) == pytest.approx(1)
     assert sum(DOCUMENT_KINDS.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("family", CARELESS_FAMILIES)
+def test_a_mistaken_reply_is_wrong_and_reads_like_a_right_one(family: str) -> None:
+    for problem in make_problems(0, 200, [family]):
+        wrong = mistaken(problem)
+        reply = wrong.reply[-1]["content"]
+        assert is_correct(problem, problem.reply[-1]["content"]) and not is_correct(problem, reply)
+        assert sorted(re.findall(r"\w+", reply)) == sorted(re.findall(r"\w+", problem.reply[-1]["content"])) or (
+            family == "compare" and extract_answer(reply) in problem.question
+        )
+
+
+def test_the_share_of_careless_demonstrations() -> None:
+    """Only their replies differ from those of a mixture without them."""
+    clean, careless = make_conversations(3, 4000), make_conversations(3, 4000, careless=0.55)
+    assert [p.question for p in clean] == [p.question for p in careless]
+    differ = [a.family for a, b in zip(clean, careless, strict=True) if a.reply != b.reply]
+    of_family = [p.family for p in clean if p.family in CARELESS_FAMILIES]
+    assert set(differ) == set(CARELESS_FAMILIES)
+    assert 0.5 < len(differ) / len(of_family) < 0.6
