@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import os
@@ -247,6 +248,7 @@ class Terminal:
             cwd=Path(rollouts.__file__).parents[1], start_new_session=True,
         )  # fmt: skip
         os.close(slave)
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.seen = ""
 
     def until(self, text: str, seconds: float = 150) -> str:
@@ -255,7 +257,7 @@ class Terminal:
         while text not in fresh:
             assert time.monotonic() < deadline, f"{text!r} did not show:\n{self.seen[-2000:]}"
             if select.select([self.master], [], [], 0.2)[0]:
-                piece = os.read(self.master, 65536).decode(errors="replace")
+                piece = self.decoder.decode(os.read(self.master, 65536))  # a read may end within a character
                 fresh += piece
                 self.seen += piece
         return fresh
