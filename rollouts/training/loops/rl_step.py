@@ -90,6 +90,7 @@ async def learn_from_rollouts(
     """
     if not samples:
         return {"optimizer_steps": 0}
+    _require_known_log_probs(samples)
     columns: dict[str, Sequence[np.ndarray]] = {}
     metrics: dict[str, float] = {}
     with watch.phase("log_probs"):
@@ -131,6 +132,7 @@ async def learn_from_rollouts(
                     fields,
                     models.policy.rank,
                     models.policy.world_size,
+                    shares_prompts(models.policy),
                 )
                 updates.append(await update(models, batches, config, step))
     return {**metrics, **estimated.metrics, **_average(updates), "optimizer_steps": len(updates)}
@@ -182,6 +184,7 @@ async def learn_process_rewards(
         {"ref_log_probs": start},
         process.backend.rank,
         process.backend.world_size,
+        shares_prompts(process.backend),
     )
     outcomes = [min(max(float(s.reward or 0.0), 0.0), 1.0) for s in samples]
     judged = [
@@ -353,6 +356,7 @@ async def read_per_token(
         config.max_tokens_per_micro_batch,
         rank=backend.rank,
         world_size=backend.world_size,
+        share_prompts=shares_prompts(backend),
     )
     tensors = await perform(lambda: compute(batches), config)
     found: dict[int, np.ndarray] = {}
@@ -361,6 +365,21 @@ async def read_per_token(
     for part in ranks.all_gather(found) if backend.world_size > 1 else []:
         found |= part
     return [found[i] for i in range(len(samples))]
+
+
+def shares_prompts(backend: PyTorchTrainingBackend) -> bool:
+    """Whether a group's prompt is computed once. A GPU's fast attention knows sequences, but no prefixes."""
+    return backend.device.type == "cpu"
+
+
+def _require_known_log_probs(samples: Sequence[Sample]) -> None:
+    for sample in samples:
+        known = sample.rollout_log_probs
+        if known is not None and not np.isfinite(np.asarray(known, np.float64)[learned_positions(sample)]).all():
+            raise UserError(
+                f"sample {sample.id!r} has tokens whose log-prob its engine did not tell; use an engine that reports "
+                "them, or leave rollout_log_probs None and let the trainer compute them (old_log_probs: trainer)"
+            )
 
 
 def _split(flat: np.ndarray, samples: Sequence[Sample]) -> Arrays:

@@ -115,6 +115,14 @@ def test_rollouts_are_recorded(make_tiny_model, tiny_tokenizer, tmp_path: Path) 
         assert sum(a != 0 for a in sample.advantages) <= len(learned)
 
 
+def test_log_probs_that_an_engine_did_not_tell_are_refused(make_tiny_model, tiny_tokenizer) -> None:
+    run = Run(make_tiny_model(), tiny_tokenizer)
+    samples = run.sample()
+    samples[5].rollout_log_probs = [*samples[5].rollout_log_probs[:-1], float("nan")]
+    with pytest.raises(UserError, match="log-prob its engine did not tell"):
+        run.train_offline(samples, RLTrainingConfig(num_steps=1, batch_size=4))
+
+
 def test_samples_without_a_reward_are_left_out(make_tiny_model, tiny_tokenizer) -> None:
     """A reward that fails masks its sample: the step is that of the others, not one where it scored 0."""
 
