@@ -151,7 +151,7 @@ def run_rollouts(workload: Workload, clock: StepClock, precision: str, *options:
             generate_fn=EngineGenerate(engine, tokenizer, params),
             reward_fn=reward_fn,
         )
-        config = RLTrainingConfig(num_steps=clock.total)
+        config = RLTrainingConfig(num_steps=clock.total, max_tokens_per_micro_batch=4608)
         manager = AsyncRolloutManager(buffer, rollouts)
         anyio.run(run_rl_training, backend, buffer, manager, [engine], config, Clock())
 
