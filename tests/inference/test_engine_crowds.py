@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import anyio
 import pytest
@@ -54,8 +55,11 @@ def test_everyone_gets_what_they_would_get_alone(peaked_model: PreTrainedModel, 
         peaked_model, max_rows=256, max_length=160, cache_bytes=page_bytes * 24, native=native
     ) as engine:
         done = anyio.run(meet, engine, requests, draw)
-        assert engine.num_free_pages == engine.num_pages and engine.num_running == engine.num_waiting == 0
-        assert engine.num_preemptions > 0 or count < 64
+        deadline = time.monotonic() + 30  # the last to leave is noticed at the next step
+        while engine.num_running or engine.num_waiting or engine.num_free_pages < engine.num_pages:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert engine.num_preemptions > 0 or count < 256
     assert len(done) >= count / 2
     with torch.no_grad():
         for i, completion in done.items():
