@@ -33,7 +33,7 @@ class Running:
     def post(self, path: str, **body: object) -> httpx.Response:
         return self.http.post(path, json=body)
 
-    def until(self, condition: Callable[[], bool], seconds: float = 1.0) -> float:
+    def until(self, condition: Callable[[], bool], seconds: float = 60.0) -> float:
         """Wait for the condition; gives the seconds that it took."""
         started = time.perf_counter()
         while not condition():
@@ -66,9 +66,9 @@ def running(
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
-            assert ready.wait(20)
+            assert ready.wait(120)
             url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-            with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
+            with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
                 yield Running(url, served, client)
         finally:
             server.should_exit = True

@@ -75,15 +75,15 @@ def test_a_disconnect_frees_the_slot_within_a_second(small_server: Any, path: st
 
 def test_a_full_line_is_429_and_empties(small_server: Any) -> None:
     with ThreadPoolExecutor() as pool:
-        waiting = [
-            pool.submit(small_server.post, "/v1/completions", **{**ENDLESS, "max_tokens": 300}) for _ in range(3)
-        ]
-        small_server.until(lambda: small_server.served.num_active == 3, 5)
-        for stream in (False, True):
-            response = small_server.post("/v1/completions", **ENDLESS, stream=stream)
-            assert response.status_code == 429 and response.json()["error"]["code"] == "queue_full"
-        with pytest.raises(openai.RateLimitError):
-            small_server.openai.completions.create(model="tiny", prompt="a")
+        with small_server.served.engine.paused():  # until it goes on, nobody leaves the line
+            body = {**ENDLESS, "max_tokens": 30}
+            waiting = [pool.submit(small_server.post, "/v1/completions", **body) for _ in range(3)]
+            small_server.until(lambda: small_server.served.num_active == 3)
+            for stream in (False, True):
+                response = small_server.post("/v1/completions", **ENDLESS, stream=stream)
+                assert response.status_code == 429 and response.json()["error"]["code"] == "queue_full"
+            with pytest.raises(openai.RateLimitError):
+                small_server.openai.completions.create(model="tiny", prompt="a")
         assert [answer.result().status_code for answer in waiting] == [200] * 3
     assert small_server.post("/v1/completions", model="tiny", prompt="a").status_code == 200
 
