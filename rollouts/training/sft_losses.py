@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-# Logits of one chunk, in elements: 4 Mi float32 values are 16 MB, small enough to stay near the processor's cache.
+from rollouts.training.softmax_rows import RowColumns, softmax_rows_
+
+# Logits of one chunk, in elements: 4 Mi bfloat16 values are 8 MB.
 CHUNK_ELEMENTS = 1 << 22
 
 
@@ -84,10 +87,10 @@ def causal_lm_loss(logits: torch.Tensor | DeferredLogits, labels: torch.Tensor, 
     weights = loss_mask.flatten()[positions].float()
     predictors = positions - 1  # the hidden state before a token predicts it; never crosses a row: t >= 1
     if isinstance(logits, DeferredLogits):
-        hidden = logits.hidden.flatten(0, 1)[predictors]
-        total, correct = _LinearCrossEntropy.apply(hidden, logits.weight, logits.bias, targets, weights)
+        source, weight, bias = logits.hidden.flatten(0, 1), logits.weight, logits.bias
     else:
-        total, correct = _CrossEntropy.apply(logits.flatten(0, 1)[predictors], targets, weights)
+        source, weight, bias = logits.flatten(0, 1), None, None
+    total, correct = _CrossEntropy.apply(source, weight, bias, predictors, targets, weights)
     count = torch.tensor(float(len(targets)), device=total.device)
     return LossOutput(total, count, {"accuracy": (correct, count)})
 
@@ -105,23 +108,8 @@ def _chunk_rows(vocab_size: int) -> int:
     return max(64, CHUNK_ELEMENTS // vocab_size)
 
 
-def _softmax_loss(
-    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss sum, hits, and the log-probabilities [n, V] float32 of one chunk of logits [n, V]."""
-    log_probs = torch.log_softmax(logits, dim=1, dtype=torch.float32)
-    of_targets = log_probs.gather(1, targets[:, None])[:, 0]
-    correct = (of_targets == log_probs.amax(dim=1)).sum()
-    return -(of_targets * weights).sum(), correct, log_probs
-
-
-def _softmax_gradient_(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """d loss / d logits at weight 1: softmax minus one-hot. Overwrites ``log_probs`` [n, V]."""
-    return log_probs.exp_().scatter_add_(1, targets[:, None], log_probs.new_full((len(targets), 1), -1.0))
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Output projection and cross-entropy in one, a chunk of rows at a time.
+class _CrossEntropy(torch.autograd.Function):
+    """Output projection (when there is a weight) and cross-entropy in one, a chunk of rows at a time.
 
     The loss is a plain sum, so its gradient is known up to one scalar factor as soon as the logits are: it is computed
     in the forward pass, and no logits are kept or computed twice (idea: Liger kernel, arXiv:2410.10989). Weights of
@@ -129,67 +117,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, targets, weights):  # type: ignore[no-untyped-def]
-        need_grad = any(ctx.needs_input_grad[:3])
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        correct = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if need_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        row_weights = weights[:, None].to(hidden.dtype)
-        step = _chunk_rows(weight.shape[0])
-        for start in range(0, len(hidden), step):
+    def forward(ctx: Any, source, weight, bias, rows, targets, weights):  # type: ignore[no-untyped-def]
+        need_source, need_weight, need_bias = ctx.needs_input_grad[:3]
+        need_grad = need_source or need_weight or need_bias
+        log_probs, highest = torch.empty_like(weights), torch.empty_like(weights)
+        grad_source = torch.zeros_like(source) if need_source else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        row_weights = weights[:, None].to(source.dtype)
+        step = _chunk_rows((source if weight is None else weight).shape[1 if weight is None else 0])
+        for start in range(0, len(rows), step):
             chunk = slice(start, start + step)
-            loss, hits, log_probs = _softmax_loss(F.linear(hidden[chunk], weight, bias), targets[chunk], weights[chunk])
-            total += loss
-            correct += hits
-            if grad_hidden is None:
-                continue
-            grad_logits = _softmax_gradient_(log_probs, targets[chunk])
-            if grad_bias is not None:
-                grad_bias += weights[chunk] @ grad_logits
-            grad_logits = grad_logits.to(hidden.dtype)
-            torch.mul(grad_logits @ weight, row_weights[chunk], out=grad_hidden[chunk])
+            inputs = source.index_select(0, rows[chunk])
+            logits = inputs if weight is None else F.linear(inputs, weight, bias)
+            columns = RowColumns(log_probs[chunk], highest[chunk])
+            gradient: Any = softmax_rows_(logits, targets[chunk], 1.0, need_grad, columns)
+            if grad_source is not None:
+                narrow = gradient if weight is None else gradient @ weight
+                grad_source.index_copy_(0, rows[chunk], narrow.mul_(row_weights[chunk]))
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ (hidden[chunk] * row_weights[chunk])
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.weight_dtype = weight.dtype
+                grad_weight += gradient.T @ inputs.mul_(row_weights[chunk])
+            if grad_bias is not None:
+                grad_bias += weights[chunk] @ gradient.float()
+        ctx.save_for_backward(grad_source, grad_weight, grad_bias)
+        ctx.weight_dtype = None if weight is None else weight.dtype
+        correct = (log_probs == highest).sum(dtype=torch.float32)
         ctx.mark_non_differentiable(correct)
-        return total, correct
+        return -(log_probs * weights).sum(), correct
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_total, _):  # type: ignore[no-untyped-def]
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        grad_source, grad_weight, grad_bias = ctx.saved_tensors
 
         def scaled(grad: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
             return None if grad is None else (grad * grad_total).to(dtype)
 
         dtype = ctx.weight_dtype
-        return scaled(grad_hidden, grad_hidden.dtype), scaled(grad_weight, dtype), scaled(grad_bias, dtype), None, None
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy over given logits [N, V], in float32 a chunk of rows at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, logits, targets, weights):  # type: ignore[no-untyped-def]
-        need_grad = ctx.needs_input_grad[0]
-        total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        correct = torch.zeros((), dtype=torch.float32, device=logits.device)
-        grad = torch.empty_like(logits) if need_grad else None
-        step = _chunk_rows(logits.shape[1])
-        for start in range(0, len(logits), step):
-            chunk = slice(start, start + step)
-            loss, hits, log_probs = _softmax_loss(logits[chunk], targets[chunk], weights[chunk])
-            total += loss
-            correct += hits
-            if grad is not None:
-                grad[chunk] = _softmax_gradient_(log_probs, targets[chunk]).mul_(weights[chunk, None])
-        ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(correct)
-        return total, correct
-
-    @staticmethod
-    def backward(ctx: Any, grad_total, _):  # type: ignore[no-untyped-def]
-        (grad,) = ctx.saved_tensors
-        return grad * grad_total.to(grad.dtype), None, None
+        source = None if grad_source is None else scaled(grad_source, grad_source.dtype)
+        return source, scaled(grad_weight, dtype), scaled(grad_bias, dtype), None, None, None

@@ -5,16 +5,14 @@ Shapes: B rows, S positions, T = B * S flat positions, N learned tokens, D hidde
 
 from __future__ import annotations
 
-import ctypes
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from rollouts.native import native_library
 from rollouts.training.sft_losses import DeferredLogits
+from rollouts.training.softmax_rows import IMPOSSIBLE, RowColumns, row_products, scaled_logits, softmax_rows_
 
 # Logits of one chunk, in elements: 4 Mi bfloat16 values are 8 MB.
 CHUNK_ELEMENTS = 1 << 22
@@ -22,9 +20,6 @@ CHUNK_ELEMENTS = 1 << 22
 # What a forward pass may keep of its logits for the backward pass, in bytes. Chunks beyond it are computed again: one
 # more matrix product where three are needed otherwise.
 KEEP_BYTES = 1 << 28
-
-# Stands in for the log-probability of what cannot be sampled, so that 0 * log 0 is 0.
-_IMPOSSIBLE = -1e30
 
 
 class TokenStatistics(NamedTuple):
@@ -147,11 +142,12 @@ class _TokenStatistics(torch.autograd.Function):
         for start in range(0, n_rows, ctx.step):
             chunk = slice(start, start + ctx.step)
             logits = _chunk_logits(source, weight, bias, rows[chunk])
-            columns = [None if x is None else x[chunk] for x in (log_probs, log_z, entropy, collision)]
+            given = {"log_probs": log_probs, "log_z": log_z, "entropy": entropy, "collision": collision}
+            columns = RowColumns(**{name: x[chunk] for name, x in given.items() if x is not None})
             if full_kl is not None:
-                scores = torch.log_softmax(_scaled(logits, wants.scale), dim=1).clamp_(min=_IMPOSSIBLE)
-                full_kl[chunk] = _row_products(scores.exp(), scores - _reference(ref_logits[chunk], wants.scale))
-            gradient = _softmax_rows(logits, targets[chunk], wants.scale, need_any and not ctx.general, *columns)
+                scores = torch.log_softmax(scaled_logits(logits, wants.scale), dim=1).clamp_(min=IMPOSSIBLE)
+                full_kl[chunk] = row_products(scores.exp(), scores - _reference(ref_logits[chunk], wants.scale))
+            gradient = softmax_rows_(logits, targets[chunk], wants.scale, need_any and not ctx.general, columns)
             if not need_any:
                 continue
             keeps: Any = logits if ctx.general else gradient
@@ -202,7 +198,9 @@ class _TokenStatistics(torch.autograd.Function):
                 continue
             if ctx.general:
                 logits = mine if mine is not None else _chunk_logits(source, weight, bias, at)
-                scores = _scaled(logits, scale).sub_(log_z[chunk, None]).clamp_(min=_IMPOSSIBLE)  # log-probs [n, V]
+                scores = (
+                    scaled_logits(logits, scale).sub_(log_z[chunk, None]).clamp_(min=IMPOSSIBLE)
+                )  # [n, V]
                 wide = grad_log_probs.new_zeros(scores.shape) if grad_entropy is None else scores + entropy[chunk, None]
                 if grad_entropy is not None:
                     wide *= -grad_entropy[chunk, None]
@@ -216,7 +214,9 @@ class _TokenStatistics(torch.autograd.Function):
             elif mine is not None:
                 gradient = mine
             else:
-                gradient = _softmax_rows(_chunk_logits(source, weight, bias, at), targets[chunk], scale, True)
+                gradient = softmax_rows_(
+                    _chunk_logits(source, weight, bias, at), targets[chunk], scale, True, RowColumns()
+                )
             narrow = factors.to(source.dtype) if factors is not None else None
             if weight is None:
                 grad_source.index_copy_(0, at, gradient if narrow is None else gradient * narrow)
@@ -246,82 +246,5 @@ def _chunk_logits(
     return picked if weight is None else F.linear(picked, weight, bias)
 
 
-def _scaled(logits: torch.Tensor, scale: float) -> torch.Tensor:
-    """A float32 copy of ``logits``, times ``scale``."""
-    wide = logits.to(torch.float32, copy=True)
-    return wide if scale == 1.0 else wide.mul_(scale)
-
-
 def _reference(logits: torch.Tensor, scale: float) -> torch.Tensor:
-    return torch.log_softmax(_scaled(logits, scale), dim=1).clamp_(min=_IMPOSSIBLE)
-
-
-def _row_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``sum_v a[i, v] b[i, v]`` [n], with no [n, V] product in between."""
-    return torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]
-
-
-def _softmax_rows(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    scale: float,
-    with_gradient: bool,
-    log_probs: torch.Tensor | None = None,
-    log_z: torch.Tensor | None = None,
-    entropy: torch.Tensor | None = None,
-    collision: torch.Tensor | None = None,
-) -> torch.Tensor | None:
-    """Fill those columns [n] float32 that are given from ``softmax(scale * logits)``.
-
-    ``with_gradient`` gives the gradient of -log p(target) in the scaled logits, softmax minus one-hot [n, V], in their
-    dtype; it may stand where the logits stood.
-    """
-    native = _native(logits)
-    if native is not None:
-        return native(logits, targets, scale, with_gradient, log_probs, log_z, entropy, collision)
-    scores = torch.log_softmax(_scaled(logits, scale), dim=1).clamp_(min=_IMPOSSIBLE)  # [n, V] float32
-    of_targets = scores.gather(1, targets[:, None])[:, 0]
-    if log_probs is not None:
-        log_probs.copy_(of_targets)
-    if log_z is not None:
-        log_z.copy_(_scaled(logits, scale).logsumexp(1))
-    if entropy is None and collision is None and not with_gradient:
-        return None
-    probs = scores.exp()
-    if entropy is not None:
-        entropy.copy_(-_row_products(probs, scores))
-    if collision is not None:
-        collision.copy_(_row_products(probs, probs))
-    if not with_gradient:
-        return None
-    return probs.scatter_add_(1, targets[:, None], probs.new_full((len(targets), 1), -1.0)).to(logits.dtype)
-
-
-def _native(logits: torch.Tensor) -> Any:
-    """``_softmax_rows`` compiled, for rows on the CPU; None where torch operators have to do."""
-    if logits.device.type != "cpu" or logits.dtype not in _NATIVE_NAMES or not len(logits):
-        return None
-    library = native_library(Path(__file__).with_suffix(".cpp"))
-    if library is None:
-        return None
-    function = getattr(library, _NATIVE_NAMES[logits.dtype])
-
-    def run(
-        logits: torch.Tensor, targets: torch.Tensor, scale: float, with_gradient: bool, *columns: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        n, vocab = logits.shape
-        threads = min(torch.get_num_threads(), n)
-        scratch = torch.empty(threads * (vocab + 16))
-        logits, targets = logits.contiguous(), targets.contiguous()
-        addresses = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (targets, *columns)]
-        function(
-            ctypes.c_void_p(logits.data_ptr()), ctypes.c_int64(n), ctypes.c_int64(vocab), ctypes.c_float(scale),
-            *addresses, ctypes.c_void_p(logits.data_ptr() if with_gradient else None),
-            ctypes.c_void_p(scratch.data_ptr()), ctypes.c_int64(threads),
-        )  # fmt: skip
-        return logits if with_gradient else None
-
-    return run
-
-
-_NATIVE_NAMES = {torch.float32: "token_rows_float32", torch.bfloat16: "token_rows_bfloat16"}
+    return torch.log_softmax(scaled_logits(logits, scale), dim=1).clamp_(min=IMPOSSIBLE)

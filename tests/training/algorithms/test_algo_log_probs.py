@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollouts.native import native_library
+from rollouts.training import softmax_rows
 from rollouts.training.algorithms import log_probs as module
 from rollouts.training.algorithms.log_probs import learned_positions, token_log_probs, token_statistics
 from rollouts.training.sft_losses import DeferredLogits
@@ -22,8 +23,8 @@ from rollouts.training.sft_losses import DeferredLogits
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs with the compiled rows and with the torch operators that stand in for them."""
     if request.param == "torch":
-        monkeypatch.setattr(module, "_native", lambda logits: None)
-    elif native_library(Path(module.__file__).with_suffix(".cpp")) is None:
+        monkeypatch.setattr(softmax_rows, "native_library", lambda source: None)
+    elif native_library(Path(softmax_rows.__file__).with_suffix(".cpp")) is None:
         pytest.skip("no compiler here")
     return request.param
 
@@ -231,25 +232,3 @@ def test_no_tensor_of_all_tokens_by_the_vocabulary_exists(dtype: torch.dtype, mo
     with_vocab = [shape for shape, _ in recorder.seen if vocab in shape and shape not in (weight.shape, weight.T.shape)]
     assert with_vocab, "the recorder saw no logits at all"
     assert max(shape.numel() for shape in with_vocab) <= 64 * vocab
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocab", [1, 15, 16, 17, 47, 512])
-def test_rows_of_any_width_and_scale(vocab: int, dtype: torch.dtype) -> None:
-    """Values, and the gradient written over the logits, against float64; logits as large as 60 and as far as 200."""
-    torch.manual_seed(vocab)
-    logits = (torch.randn(70, vocab) * torch.linspace(0.01, 50, 70)[:, None]).to(dtype)
-    targets = torch.randint(0, vocab, (70,))
-    columns = [torch.empty(70) for _ in range(4)]
-    exact = torch.log_softmax(logits.double() * 0.7, dim=1)
-    log_z = (logits.double() * 0.7).logsumexp(1)
-    gradient = module._softmax_rows(logits.clone(), targets, 0.7, True, *columns)
-    assert gradient.dtype == dtype
-    log_probs, got_log_z, entropy, collision = columns
-    torch.testing.assert_close(log_probs.double(), exact.gather(1, targets[:, None])[:, 0], rtol=1e-5, atol=2e-5)
-    torch.testing.assert_close(got_log_z.double(), log_z, rtol=1e-5, atol=2e-5)
-    torch.testing.assert_close(entropy.double(), -(exact.exp() * exact).sum(1), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(collision.double(), exact.exp().square().sum(1), rtol=1e-5, atol=1e-6)
-    expected = exact.exp() - torch.nn.functional.one_hot(targets, vocab)
-    rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(gradient.double(), expected, rtol=rounding, atol=1e-6)

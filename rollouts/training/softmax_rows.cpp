@@ -70,8 +70,8 @@ inline f16 exponential(f16 x) {
 }
 
 template <class T>
-void rows(const T* logits, int64_t n, int64_t V, float scale, const int64_t* targets, float* log_probs, float* log_z,
-          float* entropy, float* collision, T* gradient, float* scratch, int64_t threads) {
+void rows(const T* logits, int64_t n, int64_t V, float scale, const int64_t* targets, float* log_probs, float* highest,
+          float* log_z, float* entropy, float* collision, T* gradient, float* scratch, int64_t threads) {
   const int64_t whole = V / 16 * 16, padded = (V + 15) / 16 * 16;
 #pragma omp parallel num_threads((int)threads)
   {
@@ -79,13 +79,21 @@ void rows(const T* logits, int64_t n, int64_t V, float scale, const int64_t* tar
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < n; r++) {
       const T* x = logits + r * V;
-      f16 highest = f16{} - __builtin_inff();
+      f16 tops = f16{} - __builtin_inff();
+      i16 nan = {};
       for (int64_t v = 0; v < whole; v += 16) {
         const f16 a = load(x + v);
-        highest = a > highest ? a : highest;
+        tops = a > tops ? a : tops;
+        nan |= a != a;
       }
-      float top = highest_of(highest);
-      for (int64_t v = whole; v < V; v++) top = one(x + v) > top ? one(x + v) : top;
+      float top = highest_of(tops);
+      bool broken = false;
+      for (int i = 0; i < 16; i++) broken |= nan[i] != 0;
+      for (int64_t v = whole; v < V; v++) {
+        top = one(x + v) > top ? one(x + v) : top;
+        broken |= one(x + v) != one(x + v);
+      }
+      broken |= !(__builtin_fabsf(top) < __builtin_inff());  // as with any softmax, one of them makes all of them NaN
 
       f16 z = {}, dot = {}, squares = {};
       for (int64_t v = 0; v < padded; v += 16) {
@@ -106,10 +114,11 @@ void rows(const T* logits, int64_t n, int64_t V, float scale, const int64_t* tar
         dot += e * a;
         squares += e * e;
       }
-      const float total = sum(z), log_total = __builtin_logf(total), inverse = 1.f / total;
+      const float total = broken ? __builtin_nanf("") : sum(z), log_total = __builtin_logf(total), inverse = 1.f / total;
       const int64_t y = targets[r];
       const float log_prob = (one(x + y) - top) * scale - log_total;
-      if (log_probs) log_probs[r] = log_prob > IMPOSSIBLE ? log_prob : IMPOSSIBLE;
+      if (log_probs) log_probs[r] = log_prob < IMPOSSIBLE ? IMPOSSIBLE : log_prob;
+      if (highest) highest[r] = -log_total;  // the same operations on (top - top) * scale: equal where y is the likeliest
       if (log_z) log_z[r] = log_total + top * scale;
       if (entropy) entropy[r] = log_total - sum(dot) * inverse;
       if (collision) collision[r] = sum(squares) * inverse * inverse;
@@ -126,14 +135,14 @@ void rows(const T* logits, int64_t n, int64_t V, float scale, const int64_t* tar
 }  // namespace
 
 // Everything to be written may be null. scratch: threads * (V rounded up to 16) floats.
-extern "C" void token_rows_float32(const float* logits, int64_t n, int64_t V, float scale, const int64_t* targets,
-                                   float* log_probs, float* log_z, float* entropy, float* collision, float* gradient,
-                                   float* scratch, int64_t threads) {
-  rows(logits, n, V, scale, targets, log_probs, log_z, entropy, collision, gradient, scratch, threads);
+extern "C" void softmax_rows_float32(const float* logits, int64_t n, int64_t V, float scale, const int64_t* targets,
+                                    float* log_probs, float* highest, float* log_z, float* entropy, float* collision,
+                                    float* gradient, float* scratch, int64_t threads) {
+  rows(logits, n, V, scale, targets, log_probs, highest, log_z, entropy, collision, gradient, scratch, threads);
 }
 
-extern "C" void token_rows_bfloat16(const bf16* logits, int64_t n, int64_t V, float scale, const int64_t* targets,
-                                    float* log_probs, float* log_z, float* entropy, float* collision, bf16* gradient,
-                                    float* scratch, int64_t threads) {
-  rows(logits, n, V, scale, targets, log_probs, log_z, entropy, collision, gradient, scratch, threads);
+extern "C" void softmax_rows_bfloat16(const bf16* logits, int64_t n, int64_t V, float scale, const int64_t* targets,
+                                    float* log_probs, float* highest, float* log_z, float* entropy, float* collision,
+                                    bf16* gradient, float* scratch, int64_t threads) {
+  rows(logits, n, V, scale, targets, log_probs, highest, log_z, entropy, collision, gradient, scratch, threads);
 }
