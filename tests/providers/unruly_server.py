@@ -25,6 +25,7 @@ class Unruly:
     times: list[float] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    closing: threading.Event = field(default_factory=threading.Event)  # what hangs may end
 
     def next(self) -> Behaviour:
         return self.plan.pop(0) if len(self.plan) > 1 else self.plan[0]
@@ -86,6 +87,7 @@ def unruly_server() -> Iterator[Unruly]:
     try:
         yield Own.unruly
     finally:
+        Own.unruly.closing.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -37,6 +37,5 @@ def own_server(served_weights: Path, tiny_tokenizer: PreTrainedTokenizerFast) ->
 @pytest.fixture
 def small_server(served_weights: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Iterator[Running]:
     """One row and a line of two: easy to fill."""
-    settings = Settings(max_queue=2, body_timeout=0.5, header_timeout=0.5, send_timeout=0.5)
-    with running(served_weights / "a", tiny_tokenizer, settings, max_rows=1, max_length=4096) as one:
+    with running(served_weights / "a", tiny_tokenizer, Settings(max_queue=2), max_rows=1, max_length=4096) as one:
         yield one

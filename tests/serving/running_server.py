@@ -33,6 +33,32 @@ class Running:
     def post(self, path: str, **body: object) -> httpx.Response:
         return self.http.post(path, json=body)
 
+    @contextmanager
+    def held(self, condition: Callable[[], bool]) -> Iterator[threading.Event]:
+        """Inside, the engine takes no further step once ``condition`` holds between two; the event tells when.
+
+        What is asked of it between steps, such as to abort or to take new weights, it does.
+        """
+        thread, reached, ended = self.served.engine._thread, threading.Event(), threading.Event()
+
+        def look() -> None:
+            if condition():
+                thread.pauses += 1
+                reached.set()
+            elif not ended.is_set():
+                time.sleep(0.001)  # an idle engine would look all the time
+                thread.send(look)
+
+        def go_on() -> None:
+            thread.pauses -= reached.is_set()
+            ended.set()
+
+        thread.send(look)
+        try:
+            yield reached
+        finally:
+            thread.send(go_on)
+
     def until(self, condition: Callable[[], bool], seconds: float = 60.0) -> float:
         """Wait for the condition; gives the seconds that it took."""
         started = time.perf_counter()

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from running_server import post_head
+from running_server import post_head, running
+from transformers import PreTrainedTokenizerFast
+
+from rollouts.inference import EmbeddedEngine
+from rollouts.serving.settings import Settings
 
 ENDLESS: dict[str, Any] = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 4000, "ignore_eos": True}
 
@@ -46,9 +55,7 @@ def test_two_hundred_concurrent_streams(server: Any) -> None:
     streams_equal_serial_answers(server, 200)
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/generate"])
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_disconnect_frees_the_slot_within_a_second(small_server: Any, path: str, stream: bool) -> None:
+def disconnects_free_their_slots(server: Any, path: str, stream: bool, seconds: float) -> None:
     """Of the one that runs and of the one that waits in line: neither has to send to be noticed."""
     bodies: dict[str, dict[str, Any]] = {
         "/v1/completions": ENDLESS,
@@ -57,20 +64,59 @@ def test_a_disconnect_frees_the_slot_within_a_second(small_server: Any, path: st
         },
         "/generate": {"input_ids": [5], "sampling_params": {"max_new_tokens": 4000, "ignore_eos": True}, "rid": None},
     }  # fmt: skip
-    host, port = small_server.url.removeprefix("http://").split(":")
-    engine = small_server.served.engine
-    request = httpx.Request("POST", f"{small_server.url}{path}", json={**bodies[path], "stream": stream})
+    host, port = server.url.removeprefix("http://").split(":")
+    engine = server.served.engine
+    request = httpx.Request("POST", f"{server.url}{path}", json={**bodies[path], "stream": stream})
     raw = post_head(path, len(request.content)) + request.content
-    clients = [socket.create_connection((host, int(port))) for _ in range(2)]
-    for i, client in enumerate(clients):
-        client.sendall(raw)
-        small_server.until(lambda i=i: engine.num_running + engine.num_waiting == i + 1, 5)
+    clients = []
+    for i in range(2):
+        clients.append(socket.create_connection((host, int(port))))
+        clients[i].sendall(raw)
+        server.until(lambda i=i: engine.num_running + engine.num_waiting == i + 1)
     assert (engine.num_running, engine.num_waiting) == (1, 1)
     clients[1].close()
-    small_server.until(lambda: engine.num_waiting == 0 and small_server.served.num_active == 1)
+    server.until(lambda: engine.num_waiting == 0 and server.served.num_active == 1, seconds)
     assert engine.num_running == 1
     clients[0].close()
-    small_server.until(lambda: engine.num_running == 0 and small_server.served.num_active == 0)
+    server.until(lambda: engine.num_running == 0 and server.served.num_active == 0, seconds)
+
+
+WAYS = pytest.mark.parametrize(
+    ("path", "stream"), list(product(["/v1/completions", "/v1/chat/completions", "/generate"], [False, True]))
+)
+
+
+@WAYS
+def test_a_disconnect_frees_the_slot(small_server: Any, path: str, stream: bool) -> None:
+    """The engine stands still once it has begun, so that nothing but the disconnect can end a sample."""
+    engine = small_server.served.engine
+    with small_server.held(lambda: engine.num_running == 1):
+        disconnects_free_their_slots(small_server, path, stream, 60)
+
+
+@pytest.mark.long
+@WAYS
+def test_a_disconnect_frees_the_slot_within_a_second(small_server: Any, path: str, stream: bool) -> None:
+    """Of an engine that works meanwhile, if slowly."""
+    with slow_steps(small_server.served.engine):
+        disconnects_free_their_slots(small_server, path, stream, 1)
+
+
+@contextmanager
+def slow_steps(engine: EmbeddedEngine) -> Iterator[None]:
+    """Every step takes 20 ms or more inside: what is long takes minutes."""
+    over = threading.Event()
+
+    def rest() -> None:
+        over.wait(0.02)
+        if not over.is_set():
+            engine._thread.send(rest)
+
+    rest()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def test_a_full_line_is_429_and_empties(small_server: Any) -> None:
@@ -89,16 +135,18 @@ def test_a_full_line_is_429_and_empties(small_server: Any) -> None:
 
 
 @pytest.mark.long
-def test_a_reader_that_stalls_is_dropped(small_server: Any) -> None:
+def test_a_reader_that_stalls_is_dropped(served_weights: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     """It has asked for a long stream and takes none of it: its slot is free soon after its buffers are full."""
-    host, port = small_server.url.removeprefix("http://").split(":")
     sampling = {"max_new_tokens": 4000, "ignore_eos": True, "n": 3}
     body = {"input_ids": [5], "sampling_params": sampling, "stream": True, "return_logprob": True}
-    content = httpx.Request("POST", small_server.url, json=body).content
-    with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect((host, int(port)))
-        client.sendall(post_head("/generate", len(content)) + content)
-        small_server.until(lambda: small_server.served.num_active == 3, 5)
-        small_server.until(lambda: small_server.served.num_active == 0, 20)
-    assert small_server.served.engine.num_sampled_tokens < 3 * 4000
+    settings = Settings(max_queue=2, send_timeout=0.5)
+    with running(served_weights / "a", tiny_tokenizer, settings, max_rows=1, max_length=4096) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        content = httpx.Request("POST", server.url, json=body).content
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect((host, int(port)))
+            client.sendall(post_head("/generate", len(content)) + content)
+            server.until(lambda: server.served.num_active == 3)
+            server.until(lambda: server.served.num_active == 0)
+        assert server.served.engine.num_sampled_tokens < 3 * 4000

@@ -111,11 +111,11 @@ def test_schemas_of_people_who_mean_harm(server: Any, schema: Any) -> None:
     """Each is refused or honored in a few seconds, and others are served meanwhile and afterwards."""
     form = {"type": "json_schema", "json_schema": {"schema": schema}}
     body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5, "model": "tiny"}
-    response = server.http.post("/v1/chat/completions", json={**body, "response_format": form}, timeout=20)
+    response = server.http.post("/v1/chat/completions", json={**body, "response_format": form})
     assert response.status_code in (200, 400), response.text
     tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": schema}}}}
     forced = {**body, "tools": [tool], "tool_choice": "required"}
-    assert server.http.post("/v1/chat/completions", json=forced, timeout=20).status_code in (200, 400)
+    assert server.http.post("/v1/chat/completions", json=forced).status_code in (200, 400)
     assert server.http.get("/health_generate").status_code == 200
 
 

@@ -2,8 +2,8 @@
 
 Trainers that push to SGLang make their group beside the default one, from its parts; this one does, too.
 
-Usage: trainer.py PORT MODEL_FOLDER ROUND..., where a round is ``each`` or ``flat``. It says what it sends in a line of
-JSON a round (names, dtypes, shapes), and sends it when it reads a line.
+Usage: trainer.py MODEL_FOLDER ROUND..., where a round is ``each`` or ``flat``. It says at which port it is to be met,
+then what it sends in a line of JSON a round (names, dtypes, shapes), and sends it when it reads a line.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 GROUP = "trainer_to_servers"
 
 
-def main(port: str, folder: str, *rounds: str) -> None:
+def main(folder: str, *rounds: str) -> None:
     weights = load_file(f"{folder}/model.safetensors")
     half = len(weights) // 2
-    print("ready", flush=True)
     minute = datetime.timedelta(seconds=60)
-    store, *_ = next(c10d.rendezvous(f"tcp://127.0.0.1:{port}", 0, 2, timeout=minute))
+    store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, timeout=minute, wait_for_workers=False)
+    print(store.port, flush=True)
     group, _ = c10d._new_process_group_helper(
         2, 0, [], c10d.Backend("gloo"), c10d.PrefixStore(GROUP, store), group_name=GROUP, timeout=minute
     )
