@@ -40,7 +40,8 @@ def find_source(folder: Path) -> Path:
     from rollouts.training.checkpoints import MANIFEST, find_latest, verify_checkpoint
 
     if not folder.is_dir():
-        raise UserError(f"{folder} does not exist; give a run folder or one of its checkpoint steps")
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {problem}; give a run folder or one of its checkpoint steps")
     final = folder / "final"
     if (folder / MANIFEST).is_file():
         verify_checkpoint(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import logging
 import os
@@ -21,10 +22,22 @@ USAGE_ERROR = 2
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like every other error of the command."""
+    """An argument parser whose errors are one line, like every other error of the command; flags are not shortened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is left over here, where the verb's own flags are known, rather than in the parser above."""
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            flag = next((a.partition("=")[0] for a in left if a.startswith("-")), "")
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            self.error(f"unrecognized arguments: {' '.join(left)}" + (f"; did you mean {near[0]}?" if near else ""))
+        return found, left
 
 
 def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
@@ -34,7 +47,6 @@ def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
         description="Post-training of language models.",
         epilog="Recipes are YAML files; any key of one can be set on the command line: --train.batch_size 16. "
         "`rollouts VERB --help` explains a verb.",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"rollouts {rollouts.__version__}")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
@@ -103,8 +115,16 @@ def set_up_logging() -> None:
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
+# What the machine refuses, whoever asks: no mistake of the program, so no traceback.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line. Returns the exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    """Run one command line.
+
+    Returns:
+        The exit code: 0 done, 1 failed on the way (one line on stderr), 2 bad input (one line), 130 interrupted.
+    """
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         if args is None:
@@ -117,3 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe has left: `rollouts data check FILE | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
+        return 1
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; mend that, and give the same command again", file=sys.stderr)
+        return 1

@@ -106,6 +106,7 @@ def train(recipe: TrainingRecipe, is_new: bool, fork_step: Path | None, use_fsdp
     from rollouts.training import distributed_utils as ranks
 
     build.require_loggers(recipe)
+    build.check_sources(recipe)
     device = ranks.init_process_group(parse_device(recipe.device)) if use_fsdp else parse_device(recipe.device)
     model, tokenizer = build.build_model(recipe, device)
     if not ranks.is_main():

@@ -140,13 +140,16 @@ def export_checkpoint(
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The widest floating-point dtype among a folder's safetensors, whatever its config.json says."""
-    from safetensors import safe_open
+    """The widest floating-point dtype among a folder's safetensors, whatever its config.json says. Raises UserError."""
+    from safetensors import SafetensorError, safe_open
 
     found = set()
     for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, "pt") as tensors:
-            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        try:
+            with safe_open(path, "pt") as tensors:
+                found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read: {error}; take another copy of the model") from error
     return next((dtype for name, dtype in SAFETENSORS_DTYPES.items() if name in found), torch.float32)
 
 

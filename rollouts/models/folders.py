@@ -19,14 +19,16 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     was. With ``overwrite`` a folder of that name is replaced; for the moment between two renames neither has the name.
 
     Raises:
-        UserError: ``folder`` is a file, or exists, is not empty, and ``overwrite`` is not set.
+        UserError: ``folder`` is a file, or exists, is not empty, and ``overwrite`` is not set; or it cannot be made.
     """
     folder = Path(folder).expanduser().absolute()
     check_free(folder, overwrite=overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}); give a place that you may write to") from error
     try:
         yield partial
         for path in (*partial.rglob("*"), partial):
@@ -51,6 +53,17 @@ def check_free(folder: str | Path, *, overwrite: bool = False) -> None:
         raise UserError(f"{folder} is a file; give another name for the folder to write")
     if folder.is_dir() and not overwrite and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is not empty; give another name, or remove it first")
+    check_place(folder)
+
+
+def check_place(folder: Path) -> None:
+    """Raise UserError if nothing can be made under this name, because what it would lie in is no folder or read-only.
+
+    The superuser is told what permissions say, not what a read-only file system does: making the folder tells that.
+    """
+    above = next(p for p in folder.absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be made: {above} is no folder that you may write to; give another place")
 
 
 def _flush(path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rollouts.errors import UserError
+from rollouts.models.reward_model import is_reward_model, make_reward_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -55,13 +56,32 @@ def load_hf_model(
             configuration, an architecture that needs code of its own, or a dtype or device that does not exist; or a
             reward model, which writes no text.
     """
-    model, tokenizer = load_any_model(model_name, device, dtype)
+    model, tokenizer = _load_any_model(model_name, device, dtype)
     if hasattr(model, "score"):
         raise UserError(f"{model_name} is a reward model, which gives scores and writes no text; use load_reward_model")
     return model, tokenizer
 
 
-def load_any_model(
+def load_reward_model(
+    path: str | Path,
+    device: str | torch.device | None = "auto",
+    dtype: str | torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A reward model and its tokenizer; one with a new head where the folder holds a language model.
+
+    Raises:
+        UserError: as ``load_hf_model``; the model classifies into several labels; or ``make_reward_model``'s.
+    """
+    model, tokenizer = _load_any_model(path, device, dtype)
+    if not hasattr(model, "score"):
+        return make_reward_model(model, seed), tokenizer
+    if not is_reward_model(model):
+        raise UserError(f"{path} sorts into {model.config.num_labels} labels; a reward model gives one score")
+    return model, tokenizer
+
+
+def _load_any_model(
     model_name: str | Path, device: str | torch.device | None, dtype: str | torch.dtype
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """As ``load_hf_model``, for a language model or a sequence classifier."""
@@ -214,7 +234,9 @@ def load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel | PeftMode
 
 
 def _refuse_what_cannot_load(folder: Path) -> None:
-    config = read_json(folder / "config.json", hint="give the folder of a model in the Hugging Face layout")
+    final = folder / "final"
+    hint = f"that is a run, whose model is {final}" if final.is_dir() else "give a model in the Hugging Face layout"
+    config = read_json(folder / "config.json", hint=hint)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     if config.get("model_type") not in CONFIG_MAPPING_NAMES:
@@ -240,8 +262,6 @@ def _load_adapter(folder: Path, dtype: torch.dtype) -> PeftModel:
         raise UserError(f"the adapter in {folder} has no {ADAPTER_WEIGHTS}; only safetensors are loaded")
     base = load_weights(base_folder(folder), dtype)
     if read_json(folder / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS" and not hasattr(base, "score"):
-        from rollouts.models.reward_model import make_reward_model
-
         base = make_reward_model(base)  # whose head the adapter brings
     try:
         return PeftModel.from_pretrained(base, str(folder), is_trainable=True).eval()

@@ -79,6 +79,14 @@ def build_samples(
     )
 
 
+def check_sources(recipe: TrainingRecipe) -> None:
+    """Raise UserError for a source that is not there, or of an unknown kind: told before a model is loaded."""
+    from rollouts.training.datasets.sources import DatasetSpec, source_names
+
+    for spec in (*recipe.data.train, *recipe.data.validation):
+        source_names(DatasetSpec(**spec.model_dump()))
+
+
 def build_config(recipe: TrainingRecipe, samples: SampleDataset | PreferenceDataset) -> SFTTrainingConfig:
     """The loop's configuration; ``num_epochs`` becomes the steps that pass over the samples, or blocks, so often."""
     if isinstance(recipe, DPORecipe | RewardModelRecipe):

@@ -165,7 +165,7 @@ def describe_error(
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     loc = [str(part) for part in problem["loc"]]
     key = ".".join(loc)
-    typed = any(key == o or key.startswith(f"{o}.") for o in overrides)
+    typed = any(f"{key}.".startswith(f"{o}.") or o.startswith(f"{key}.") for o in overrides)
     where, prefix = ("", "--") if typed else (f"{path}: " if path else "", "")
     if problem["type"] == "extra_forbidden":
         near = nearest_key(".".join(p for p in loc if not p.isdigit()), model)
@@ -173,6 +173,8 @@ def describe_error(
         text = f"{prefix}{key} is not a known key; {hint}"
     elif problem["type"] == "missing":
         text = f"{prefix}{key} is missing; add it to the recipe or give --{key} VALUE"
+    elif problem["type"] == "model_type":
+        text = f"{prefix}{key} is {_short(problem['input'])} where a section of keys was expected; see docs/recipes.md"
     elif problem["type"] == "value_error":
         message = problem["msg"].removeprefix("Value error, ")
         text = f"{prefix}{key} {message}" if key else message
@@ -184,7 +186,7 @@ def describe_error(
 
 
 def _short(value: Any) -> str:
-    text = repr(value).replace("\n", " ")
+    text = "null" if value is None else repr(value).replace("\n", " ")
     return text if len(text) <= 60 else text[:57] + "..."
 
 

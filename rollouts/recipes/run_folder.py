@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rollouts.errors import UserError
+from rollouts.models.folders import check_place
 from rollouts.recipes.load import load_recipe, to_yaml
 from rollouts.recipes.schema import Recipe
 
@@ -53,7 +54,8 @@ def inspect_run(recipe: Recipe) -> RunState:
     """Look at ``recipe.run_dir`` without changing anything.
 
     Raises:
-        UserError: the folder holds a run of another recipe (the first key that differs is named), or something else.
+        UserError: the folder holds a run of another recipe (the first key that differs is named), or something else, or
+            cannot be made.
     """
     folder = Path(recipe.run_dir)
     saved = folder / "recipe.yaml"
@@ -62,6 +64,7 @@ def inspect_run(recipe: Recipe) -> RunState:
         return RunState.FINISHED if (folder / "final").is_dir() else RunState.RESUME
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and holds no run (no recipe.yaml); choose another with --run_dir FOLDER")
+    check_place(folder)
     return RunState.NEW
 
 

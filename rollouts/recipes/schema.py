@@ -171,12 +171,15 @@ class Train(Section):
         return self
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(Section):
     """AdamW for every weight, or Muon for the matrices of the layers and AdamW for the rest."""
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     muon_lr: float = Field(0.02, gt=0)

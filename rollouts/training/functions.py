@@ -124,9 +124,9 @@ def _attribute(module: ModuleType, attribute: str, spec: str, place: str, what: 
 
 
 def _unknown(spec: str, registry: Mapping[str, Any], what: str) -> str:
-    names = f"known names are {', '.join(sorted(registry))}; " if registry else ""
+    names = f"known names are {', '.join(sorted(registry))}; or " if registry else ""
     problem = f"no {what} function {spec!r}{nearest(spec, registry)}"
-    return f"{problem}; {names}or give pkg.module:function or file.py:function"
+    return f"{problem}; {names}give pkg.module:function or file.py:function"
 
 
 def _reason(error: BaseException) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import time
@@ -59,7 +61,11 @@ def test_no_verb_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["fly"], "'fly' is not a verb of rollouts; the verbs are "),
         (["sft", "a.yaml", "--train.batch_size"], "--train.batch_size has no value; write --train.batch_size VALUE"),
         (["sft", "a.yaml", "--train.batch_size", "--dry-run"], "--train.batch_size has no value"),
-        (["sft", "a.yaml", "b.yaml"], "unrecognized arguments: b.yaml; see rollouts --help"),
+        (["sft", "a.yaml", "b.yaml"], "unrecognized arguments: b.yaml; see rollouts sft --help"),
+        (["serve", "m", "--prot", "3"], "unrecognized arguments: --prot 3; did you mean --port?; see rollouts serve"),
+        (["export", "a", "b", "--dtyp", "x"], "unrecognized arguments: --dtyp x; did you mean --dtype?"),
+        (["data", "check", "f", "--max-lengths=3"], "unrecognized arguments: --max-lengths=3; did you mean --max-le"),
+        (["--versoin"], "unrecognized arguments: --versoin; did you mean --version?; see rollouts --help"),
         (["sft", "none.yaml"], "none.yaml: no such recipe"),
     ],
 )
@@ -107,3 +113,21 @@ def test_dry_run_prints_the_resolved_recipe_and_makes_nothing(
     assert (resolved["kind"], resolved["train"]["batch_size"]) == ("sft", 5)
     assert resolved["run_dir"] == str(tmp_path / "runs" / "r")
     assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_a_reader_that_leaves_a_pipe_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": 3}\n' * 20_000)  # more lines than a pipe holds
+    command = f'"{sys.executable}" -m rollouts data check "{tmp_path / "rows.jsonl"}" | head -n 1'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith(str(tmp_path / "rows.jsonl:1: "))
+    assert done.stderr == ""
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/metrics.jsonl")
+    monkeypatch.setattr("rollouts.cli.speedrun.run", lambda args: (_ for _ in ()).throw(full))
+    assert main(["speedrun"]) == 1
+    assert capsys.readouterr().err.startswith("error: runs/x/metrics.jsonl: No space left on device; mend that")
+    monkeypatch.setattr("rollouts.cli.speedrun.run", lambda args: Path("/no/such/file").read_text())
+    with pytest.raises(FileNotFoundError):  # a mistake of the program keeps its traceback
+        main(["speedrun"])

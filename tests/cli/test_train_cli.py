@@ -275,6 +275,24 @@ def conversation_without_an_assistant_turn(tmp_path: Path, tiny_model_dir: Path)
     return {"data": {"train": "ask.jsonl"}}
 
 
+def missing_file_and_missing_model(tmp_path: Path, tiny_model_dir: Path) -> dict[str, Any]:
+    return missing_file(tmp_path, tiny_model_dir) | missing_model(tmp_path, tiny_model_dir)  # the cheap look first
+
+
+def a_run_in_place_of_its_model(tmp_path: Path, tiny_model_dir: Path) -> dict[str, Any]:
+    shutil.copytree(tiny_model_dir, tmp_path / "before" / "final")
+    return {"model": {"path": "./before"}}
+
+
+def folder_in_a_file(tmp_path: Path, tiny_model_dir: Path) -> dict[str, Any]:
+    (tmp_path / "file").touch()
+    return {"run_dir": str(tmp_path / "file" / "run")}
+
+
+def betas_that_are_none(tmp_path: Path, tiny_model_dir: Path) -> dict[str, Any]:
+    return {"optimizer": {"betas": [2, 3]}}
+
+
 def unknown_key(tmp_path: Path, tiny_model_dir: Path) -> dict[str, Any]:
     return {"train": {"bach_size": 4}}
 
@@ -298,6 +316,10 @@ def shape_that_does_not_fit(tmp_path: Path, tiny_model_dir: Path) -> dict[str, A
         (malformed_row, [f"bad.jsonl:{NUM_ROWS + 1}: ", "skip"]),
         (empty_file, ["empty.jsonl", "empty"]),
         (missing_file, ["missing.jsonl", "no such file"]),
+        (missing_file_and_missing_model, ["missing.jsonl", "no such file"]),
+        (a_run_in_place_of_its_model, ["before", "that is a run, whose model is", "before/final"]),
+        (folder_in_a_file, ["file/run cannot be made"]),
+        (betas_that_are_none, ["optimizer.betas.0 is 2", "less than 1"]),
         (folder_without_tokenizer, ["bare", "no tokenizer"]),
         (template_without_an_assistant_turn, ["chat template", "assistant"]),
         (conversation_without_an_assistant_turn, ["ask.jsonl:1: ", "assistant"]),

@@ -73,7 +73,9 @@ def test_bad_input_is_one_line_and_exit_code_2(data, tmp_path, capsys):
         (["tokenizer", "--data", str(data), "--vocab-size", "ten", "--out", str(tmp_path / "tok")], "vocab_size"),
         (["tokenizer", "--data", str(data), "--vocab-size", "300", "--out", str(tmp_path / "taken")], "not empty"),
         (["tokenizer", "--data", str(data), *common, "--data.train.0.weight", "2"], "repeat and weight"),
-        (["tokenizer"], "data"),
+        (["tokenizer", "--data", str(data), "--vocab-size", "300", "--out", "/proc/tok"], "cannot be made"),
+        (["tokenizer"], "data is missing"),
+        (["tokenizer", "--data", str(data), "--tokenizer", "3"], "--tokenizer is 3 where a section of keys was expec"),
     ):
         assert main(argv) == 2, argv
         error = capsys.readouterr().err
@@ -116,6 +118,10 @@ def test_export_takes_no_damaged_step(run, make_tiny_model, tmp_path, capsys):
     weights.write_bytes(content)
     assert main(["export", str(weights.parent), str(tmp_path / "out")]) == 2
     assert "model.safetensors" in capsys.readouterr().err
+    damaged = shutil.copytree(run / "final", tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"not weights")
+    assert main(["export", str(damaged), str(tmp_path / "out")]) == 2
+    assert "model.safetensors cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main(["export", str(run), str(tmp_path / "out")]) == 0  # the step before it, with a warning
     assert is_seed(tmp_path / "out", make_tiny_model, 1)

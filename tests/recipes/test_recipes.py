@@ -114,6 +114,11 @@ def test_unknown_key_on_the_command_line(tmp_path: Path) -> None:
     assert message == "--train.bach_size is not a known key; did you mean --train.batch_size?"
 
 
+def test_unknown_section_on_the_command_line(tmp_path: Path) -> None:
+    message = error_of(write(tmp_path, MINIMAL), {"optimiser.lr": "3"})
+    assert message == "--optimiser is not a known key; did you mean --optimizer?"
+
+
 def test_unknown_key_inside_a_list(tmp_path: Path) -> None:
     path = write(tmp_path, {**MINIMAL, "data": {"train": [{"path": "a.jsonl", "repeats": 2}]}})
     assert error_of(path) == f"{path}: data.train.0.repeats is not a known key; did you mean data.train.repeat?"
@@ -128,6 +133,9 @@ def test_unknown_key_inside_a_list(tmp_path: Path) -> None:
         ({"model": {"path": "a/b", "init": {}, "tokenizer": "./t"}}, ["model", "path and init exclude one another"]),
         ({"model": {}}, ["model", "neither path nor init"]),
         ({"model": {"init": {}}}, ["model", "needs a tokenizer"]),
+        ({"model": None}, ["model is null where a section of keys was expected"]),
+        ({"data": {"train": [3]}}, ["data.train.0 is 3 where a section of keys was expected"]),
+        ({"optimizer": {"betas": [0.9, 1.0]}}, ["optimizer.betas.1 is 1.0", "less than 1"]),
         ({"optimizer": {"lr": float("nan")}}, ["optimizer.lr", "finite"]),
         ({"loggers": ["mlflow"]}, ["loggers.0", "'mlflow'", "tensorboard"]),
         ({"data": {}}, ["data.train is missing"]),

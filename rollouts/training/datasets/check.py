@@ -61,6 +61,8 @@ def check_file(
     """
     if max_length is not None and tokenizer is None:
         raise UserError("max_length counts tokens: give a tokenizer too (--tokenizer DIR)")
+    if max_length is not None and max_length < 2:
+        raise UserError(f"max_length must be at least 2, got {max_length}")
     spec = DatasetSpec.of(source)
     report = LoadReport()
     lengths: list[int] = []

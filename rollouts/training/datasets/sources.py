@@ -102,7 +102,11 @@ def read_rows(spec: str | Path | DatasetSpec) -> Iterator[Row]:
 
 
 def source_names(spec: DatasetSpec) -> list[str]:
-    """The names that rows of this source carry in ``Row.file``, in reading order."""
+    """The names that rows of this source carry in ``Row.file``, in reading order.
+
+    Raises:
+        UserError: the source is neither a file or folder that can be read nor the name of a hub data set.
+    """
     return [str(f) for f in list_files(spec)] if Path(spec.path).exists() else [_hub_label(spec)]
 
 
@@ -303,20 +307,21 @@ def _parquet_rows(file: Path, stream: IO[bytes]) -> Iterator[Row]:
 
 
 def _hub_label(spec: DatasetSpec) -> str:
+    """The name of a hub data set in messages. Raises UserError for what cannot be one, such as a file's path."""
+    if _kind(Path(spec.path)) or not _HUB_NAME.fullmatch(spec.path):
+        raise UserError(f"{spec.path}: no such file or folder; check data path")
     return f"{spec.path}[{spec.split}]" if spec.subset is None else f"{spec.path}/{spec.subset}[{spec.split}]"
 
 
 def _load_hub(spec: DatasetSpec) -> Any:
-    kind = _kind(Path(spec.path))
-    if kind or not _HUB_NAME.fullmatch(spec.path):
-        raise UserError(f"{spec.path}: no such file or folder; check data path")
+    label = _hub_label(spec)
     import datasets
 
     try:
         return datasets.load_dataset(spec.path, spec.subset, split=spec.split)
     except Exception as e:  # the hub client raises dozens of kinds, network ones included
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-        raise UserError(f"{spec.path}: no such file or folder, and no data set that the hub gives ({reason})") from e
+        raise UserError(f"{label}: no such file or folder, and no data set that the hub gives ({reason})") from e
 
 
 def _hub_rows(spec: DatasetSpec) -> Iterator[Row]:

@@ -70,13 +70,15 @@ def test_data_cannot_drive_the_terminal_nor_flood_it() -> None:
     assert shown.endswith("]]\n... and 6,008 more characters")
 
 
-def test_without_a_tokenizer_rows_are_counted_in_characters(file: Path) -> None:
+def test_without_a_tokenizer_rows_are_counted_in_characters(file: Path, tiny_tokenizer) -> None:
     result = check_file(file)
     assert result.unit == "characters"
     assert result.report.samples == 3
     assert result.learned[0] == len("Near the mountain.")
     with pytest.raises(UserError, match="--tokenizer"):
         check_file(file, max_length=10)
+    with pytest.raises(UserError, match="max_length must be at least 2"):
+        check_file(file, tiny_tokenizer, max_length=-1)
 
 
 def test_a_file_without_rows_is_one_clear_line(tmp_path: Path) -> None:
