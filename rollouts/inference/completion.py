@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from rollouts.training.types import WeightSpan
+from rollouts.types import WeightSpan
 
 
 class StopReason(StrEnum):

@@ -44,7 +44,7 @@ from rollouts.inference.sequences import LiveSample, PromptScores, Request, Rows
 from rollouts.inference.stop_strings import StopStrings
 from rollouts.inference.wake import Wake, call_now, current_wake
 from rollouts.inference.weights import weights_checksum, weights_digests
-from rollouts.training.types import TrainFuture
+from rollouts.types import TrainFuture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -31,7 +31,7 @@ from rollouts.inference.sequences import LiveSample, PromptScores, Request, Rows
 from rollouts.inference.step_inputs import make_step
 from rollouts.inference.wake import Wake
 from rollouts.inference.weights import copy_weights
-from rollouts.training.types import TrainFuture
+from rollouts.types import TrainFuture
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from rollouts.inference.sampler import BatchParams
 from rollouts.inference.sampling_params import SamplingParams
 from rollouts.inference.stop_strings import StopStrings
 from rollouts.inference.wake import Wake
-from rollouts.training.types import WeightSpan
+from rollouts.types import WeightSpan
 
 
 @dataclass(eq=False)

@@ -21,7 +21,7 @@ _HOME = {  # public name -> module; resolved on first use, so that a tokenizer c
     "save_lora": "lora",
     "merge_lora": "lora",
     "make_reward_model": "reward_model",
-    "load_reward_model": "reward_model",
+    "load_reward_model": "load",
     "export_model": "export",
     "export_checkpoint": "export",
 }

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rollouts.errors import UserError
-from rollouts.models.load import load_any_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 def make_reward_model(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
@@ -50,22 +48,3 @@ def is_reward_model(model: torch.nn.Module) -> bool:
     """Whether a model gives one score a sequence."""
     base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
     return hasattr(base, "score") and getattr(base, "num_labels", 0) == 1
-
-
-def load_reward_model(
-    path: str | Path,
-    device: str | torch.device | None = "auto",
-    dtype: str | torch.dtype = torch.bfloat16,
-    seed: int = 0,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A reward model and its tokenizer; one with a new head where the folder holds a language model.
-
-    Raises:
-        UserError: as ``load_hf_model``; the model classifies into several labels; or ``make_reward_model``'s.
-    """
-    model, tokenizer = load_any_model(path, device, dtype)
-    if not hasattr(model, "score"):
-        return make_reward_model(model, seed), tokenizer
-    if not is_reward_model(model):
-        raise UserError(f"{path} sorts into {model.config.num_labels} labels; a reward model gives one score")
-    return model, tokenizer

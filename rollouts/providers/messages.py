@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
-from rollouts.training.types import WeightSpan
+from rollouts.types import WeightSpan
 
 
 class ChatStop(StrEnum):

@@ -16,7 +16,7 @@ from rollouts.providers.log_probs import normalize
 from rollouts.providers.messages import ChatCompletion, ChatStop, Message, StreamChunk, Tool, ToolCall, Usage
 from rollouts.providers.token_dialects import spans
 from rollouts.providers.tokens import log_prob_mode
-from rollouts.training.types import WeightSpan
+from rollouts.types import WeightSpan
 
 PATH = "/v1/chat/completions"
 STOPS = {

@@ -16,7 +16,7 @@ from rollouts.errors import UserError
 from rollouts.inference.completion import StopReason
 from rollouts.inference.sampling_params import SamplingParams
 from rollouts.providers.errors import ProviderError
-from rollouts.training.types import WeightSpan
+from rollouts.types import WeightSpan
 
 PATHS = {"sglang": "/generate", "vllm": "/inference/v1/generate", "openai": "/v1/completions"}
 

@@ -22,7 +22,7 @@ from rollouts.providers.endpoint import Endpoint
 from rollouts.providers.errors import ProviderError
 from rollouts.providers.http import request_json, run_all, stream_events
 from rollouts.providers.log_probs import LogProbMode, is_raw, needs_mode, normalize
-from rollouts.training.types import WeightSpan
+from rollouts.types import WeightSpan
 
 NUM_PROBES = 3
 

@@ -36,7 +36,7 @@ class RewardModel:
         tokenizer: Any = None,
         same_tokens: bool = False,
     ) -> None:
-        from rollouts.models.reward_model import load_reward_model
+        from rollouts.models.load import load_reward_model
 
         if isinstance(path, str | Path):
             self.model, loaded = load_reward_model(path, device, dtype)

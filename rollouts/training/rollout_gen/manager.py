@@ -38,8 +38,8 @@ from rollouts.training.filters import judge
 from rollouts.training.rewards.runner import RewardReport, RewardRunner
 from rollouts.training.rollout_gen.concurrency import backoff, call, is_permanent
 from rollouts.training.rollout_gen.config import RolloutConfig
-from rollouts.training.rollout_gen.generate import convert_to_batch, transform
 from rollouts.training.rollout_gen.ledger import FINISHED, Group, GroupState, Ledger, copy_sample
+from rollouts.training.rollout_gen.transforms import convert_to_batch, transform
 from rollouts.training.types import RolloutBatch, Sample, SampleStatus
 
 logger = logging.getLogger(__name__)
