@@ -7,7 +7,7 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("cli", "errors", "models", "pipeline", "recipes", "training")
+_SUBPACKAGES = ("cli", "errors", "inference", "models", "pipeline", "providers", "recipes", "serving", "training")
 
 
 def __getattr__(name: str) -> ModuleType:
