@@ -14,7 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ def parrot(
     targets = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     model.train()
-    for _ in range(300):
+    for _ in range(1000):
         loss = model(input_ids=batch, labels=targets).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -196,7 +198,7 @@ def test_mistakes_on_a_pipe_are_one_line(say: Callable[..., Any], lines: list[st
 
 @pytest.fixture
 def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A server that streams one fixed answer in OpenAI's format, and what it was asked."""
+    """A server that streams one fixed answer in OpenAI's format, or sings without end; and what it was asked."""
     asked: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -206,9 +208,13 @@ def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
             self.send_response(200)
             self.send_header("content-type", "text/event-stream")
             self.end_headers()
-            for piece in ("<thi", "nk>hm</think>\n\nGood ", "even", "\x1b[31ming."):
-                chunk = {"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]}
-                self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+            pieces = ("<thi", "nk>hm</think>\n\nGood ", "even", "\x1b[31ming.")
+            with suppress(OSError):  # who listens to a song leaves before its end
+                for piece in repeat("la ") if asked[-1]["messages"][-1]["content"] == "Sing" else pieces:
+                    chunk = {"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]}
+                    self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+                    if piece == "la ":
+                        time.sleep(0.02)
             end = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
             self.wfile.write(f"data: {json.dumps(end)}\n\ndata: [DONE]\n\n".encode())
 
@@ -250,17 +256,16 @@ class Terminal:
         os.close(slave)
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.seen = ""
+        self.position = 0  # up to where the last call has read
 
-    def until(self, text: str, seconds: float = 150) -> str:
-        """Read until ``text`` shows; gives what came since the last call."""
-        deadline, fresh = time.monotonic() + seconds, ""
-        while text not in fresh:
+    def until(self, text: str, seconds: float = 300) -> None:
+        """Read until ``text`` shows after what the last call waited for."""
+        deadline = time.monotonic() + seconds
+        while (found := self.seen.find(text, self.position)) < 0:
             assert time.monotonic() < deadline, f"{text!r} did not show:\n{self.seen[-2000:]}"
             if select.select([self.master], [], [], 0.2)[0]:
-                piece = self.decoder.decode(os.read(self.master, 65536))  # a read may end within a character
-                fresh += piece
-                self.seen += piece
-        return fresh
+                self.seen += self.decoder.decode(os.read(self.master, 65536))  # a read may end within a character
+        self.position = found + len(text)
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
@@ -272,9 +277,8 @@ class Terminal:
         os.close(self.master)
 
 
-def test_a_person_at_a_terminal(parrot: Path, tmp_path: Path) -> None:
-    flags = ("--precision", "float32", "--temperature", "0", "--max-tokens", "4000")
-    terminal = Terminal("chat", str(parrot), *flags, home=tmp_path)
+def test_a_person_at_a_terminal(server: Any, tmp_path: Path) -> None:
+    terminal = Terminal("chat", "m", "--api-base", server[0], home=tmp_path)
     try:
         terminal.until("›")
         terminal.type("Sing\n")
@@ -283,19 +287,39 @@ def test_a_person_at_a_terminal(parrot: Path, tmp_path: Path) -> None:
         terminal.until("stopped")
         terminal.until("›")
         terminal.type("/clear\nHello\n")
-        terminal.until("Good morning.")
+        terminal.until("Good even")
+        terminal.until("›")
         terminal.type("/nonsense\n")
         terminal.until("is no command")  # a mistake does not end it either
+        terminal.until("›")
         terminal.type("\x1b[A\x1b[A\n")  # the arrow keys find the message before
         terminal.until("Hello")
+        terminal.until("Good even")
+        terminal.until("›")
         terminal.type("/help\n")
         terminal.until("/retry")
+        terminal.until("›")
         terminal.type("/quit\n")
-        assert terminal.process.wait(20) == 0
+        assert terminal.process.wait(60) == 0
     finally:
         terminal.close()
+    assert [one["messages"][-1]["content"] for one in server[1]] == ["Sing", "Hello", "Hello"]
     lines = (tmp_path / "rollouts" / "chat_history").read_text().splitlines()
-    assert [line for line in lines if line in ("Sing", "/clear", "Hello")][:3] == ["Sing", "/clear", "Hello"]
+    assert [line for line in lines if line in ("Sing", "/clear", "Hello")] == ["Sing", "/clear", "Hello", "Hello"]
+
+
+@pytest.mark.long
+def test_a_person_at_a_terminal_with_a_model_of_their_own(parrot: Path, tmp_path: Path) -> None:
+    terminal = Terminal("chat", str(parrot), "--precision", "float32", "--temperature", "0", home=tmp_path)
+    try:
+        terminal.until("›")
+        terminal.type("Hello\n")
+        terminal.until("Good morning.")
+        terminal.until("›")
+        terminal.type("/quit\n")
+        assert terminal.process.wait(60) == 0
+    finally:
+        terminal.close()
 
 
 def test_blocks_are_printed_once_and_whole() -> None:
