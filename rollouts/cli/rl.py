@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     use_fsdp = wants_fsdp(recipe)
 
     from rollouts.recipes.build_rl import load_functions
+    from rollouts.training import WeightSyncError
     from rollouts.training import distributed_utils as ranks
 
     functions = load_functions(recipe)
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; the same command resumes {folder} from its last checkpoint", file=sys.stderr)
         return 130
-    except FloatingPointError as error:
+    except (FloatingPointError, WeightSyncError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
@@ -113,10 +114,11 @@ async def train_and_log(recipe: RLRecipe, rl: RLRun) -> list[dict[str, Any]]:
     logger = build.build_loggers(recipe, rl.config.num_steps) if ranks.is_main() else None  # type: ignore[arg-type]
     rollout_log = RolloutLog(Path(recipe.run_dir) / "rollouts.jsonl")
     try:
-        await rl.connect()
-        return await run_rl_training(
-            rl.backend, rl.data_buffer, rl.manager, rl.engines, rl.config, logger, rollout_log=rollout_log, **rl.extras
-        )
+        async with rl.serving():
+            return await run_rl_training(
+                rl.backend, rl.data_buffer, rl.manager, rl.engines, rl.config, logger,
+                rollout_log=rollout_log, **rl.extras,
+            )  # fmt: skip
     finally:
         await close_clients()
         rollout_log.close()

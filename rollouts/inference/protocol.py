@@ -17,12 +17,8 @@ UpdateMode = Literal["drain", "continue", "abort"]
 PauseMode = Literal["keep", "abort"]
 
 
-@runtime_checkable
-class InferenceEngine(Protocol):
-    """Samples tokens with weights that somebody else trains.
-
-    Everything is awaited, under asyncio or trio. Cancelling a caller of ``generate_group`` frees what its samples held.
-    """
+class Sampler(Protocol):
+    """What rollout generation asks of an engine, or of several that stand behind one."""
 
     async def generate_group(self, prompt_ids: Sequence[int], params: SamplingParams | None = None) -> list[Completion]:
         """``params.n`` samples of one prompt: ids, log-probs at the sampling temperature, and weight versions.
@@ -31,6 +27,22 @@ class InferenceEngine(Protocol):
             UserError: the prompt or a parameter does not fit the model.
         """
         ...
+
+    async def get_weight_version(self) -> int:
+        """The version of the weights that serve now."""
+        ...
+
+    async def abort_all(self) -> None:
+        """End all samples, waiting ones too, with what they have; each says that it was aborted."""
+        ...
+
+
+@runtime_checkable
+class InferenceEngine(Sampler, Protocol):
+    """Samples tokens with weights that somebody else trains.
+
+    Everything is awaited, under asyncio or trio. Cancelling a caller of ``generate_group`` frees what its samples held.
+    """
 
     def update_weights(
         self,
@@ -54,10 +66,6 @@ class InferenceEngine(Protocol):
         """The same from a folder in the Hugging Face layout that the engine can read."""
         ...
 
-    async def get_weight_version(self) -> int:
-        """The version of the weights that serve now."""
-        ...
-
     async def get_weights_checksum(self) -> str:
         """A digest of the served parameters; equal weights give equal digests on engines of one kind."""
         ...
@@ -67,10 +75,6 @@ class InferenceEngine(Protocol):
         ...
 
     async def continue_generation(self) -> None: ...
-
-    async def abort_all(self) -> None:
-        """End all samples, waiting ones too, with what they have; each says that it was aborted."""
-        ...
 
     async def is_healthy(self) -> bool:
         """Whether the engine answers now."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +15,11 @@ import torch
 
 from rollouts.errors import UserError
 from rollouts.inference import EmbeddedEngine, SamplingParams
-from rollouts.inference.protocol import InferenceEngine
+from rollouts.inference.protocol import InferenceEngine, Sampler
 from rollouts.models import load_hf_model, parse_dtype
 from rollouts.models.critic import make_critic
 from rollouts.models.load import cast_parameters
+from rollouts.providers import ProviderError
 from rollouts.recipes.rl_schema import RLRecipe
 from rollouts.recipes.schema import DataSpec
 from rollouts.training.algorithms.advantages import ESTIMATORS
@@ -31,15 +34,19 @@ from rollouts.training.backends.reference import BaseModel, FrozenModel
 from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.datasets.dataset_loaders import load_rl_prompts
 from rollouts.training.datasets.sources import DatasetSpec
+from rollouts.training.engine_pool import EnginePool
 from rollouts.training.filters import FILTERS
 from rollouts.training.functions import load_function
 from rollouts.training.loops.rl_evaluate import RewardEvaluation
-from rollouts.training.loops.rl_step import ProcessRewards
-from rollouts.training.remote_engines import RemoteEngine, SGLangEngine, VLLMEngine
+from rollouts.training.loops.rl_step import ProcessRewards, own_log_probs
+from rollouts.training.remote_engines import SGLangEngine, VLLMEngine
 from rollouts.training.rewards.registry import RewardSpec, load_rewards
 from rollouts.training.rollout_gen import AsyncRolloutManager, EngineGenerate, RolloutConfig
+from rollouts.training.rollout_gen.concurrency import call
 from rollouts.training.rollout_gen.greedy import GreedyBaselines
 from rollouts.training.types import RLTrainingConfig, Sample
+from rollouts.training.weight_delivery import WeightDelivery
+from rollouts.training.weight_sync import WeightSyncManager
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +61,7 @@ class Functions:
     generate: Callable[..., Any] | None
     advantage: str | Callable[..., Any]
     loss: str | Callable[..., Any]
+    restart: Callable[..., Any] | None = None
 
 
 def load_functions(recipe: RLRecipe) -> Functions:
@@ -67,6 +75,7 @@ def load_functions(recipe: RLRecipe) -> Functions:
         generate=load_function(rollout.generate, None, "generate") if rollout.generate else None,
         advantage=_named(recipe.advantage.name, list(ESTIMATORS), "advantage"),
         loss=_named(recipe.loss.name, list(POLICY_LOSSES), "policy loss"),
+        restart=load_function(recipe.engine.restart, None, "restart") if recipe.engine.restart else None,
     )
 
 
@@ -83,17 +92,34 @@ class RLRun:
     config: RLTrainingConfig
     data_buffer: DataBuffer[Sample] | None = None
     manager: AsyncRolloutManager | GreedyBaselines | None = None
-    engines: list[InferenceEngine] = field(default_factory=list)
+    engines: list[InferenceEngine] | WeightSyncManager = field(default_factory=list)
     extras: dict[str, Any] = field(default_factory=dict)  # reference, critic, evaluate
+    delivery: WeightDelivery | None = None  # of weights to servers
 
-    async def connect(self) -> None:
-        """Ask engines that are servers whether they answer, with log-probs that can be trained on."""
-        for engine in self.engines:
-            if isinstance(engine, RemoteEngine):
-                await engine.connect()
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Inside, servers that failed are brought back.
+
+        Raises:
+            UserError: one does not answer at the beginning, or not with log-probs that can be trained on.
+        """
+        if not isinstance(self.engines, WeightSyncManager):
+            yield
+            return
+        servers: list[Any] = self.engines.engines
+        try:
+            for server in servers:
+                await server.continue_generation()  # a run that was killed may have left it paused
+                await server.connect()
+            if self.delivery is not None:
+                await self.delivery.choose(servers)
+        except ProviderError as error:
+            raise UserError(f"engine.url: {error}") from error
+        async with self.engines:
+            yield
 
     def close(self) -> None:
-        for engine in self.engines:
+        for engine in self.engines if isinstance(self.engines, list) else ():
             if isinstance(engine, EmbeddedEngine):
                 engine.close()
 
@@ -127,8 +153,14 @@ def build_run(
         extras["reference"] = BaseModel(backend)
     run = RLRun(backend, build_config(recipe, functions), extras=extras)
     if is_main:
-        engine = build_engine(recipe, served if served is not None else backend.model, tokenizer)
-        run.engines = [engine]
+        engine: Sampler
+        if recipe.engine.kind == "embedded":
+            embedded = build_engine(recipe, served if served is not None else backend.model, tokenizer)
+            run.engines, engine = [embedded], embedded
+        else:
+            run.delivery = WeightDelivery(backend.model, Path(recipe.run_dir) / "weights", recipe.engine.weights)
+            run.engines = build_servers(recipe, functions, backend, run.delivery)
+            engine = EnginePool(run.engines)
         run.data_buffer = DataBuffer(prompts, seed=recipe.seed)
         generate = EngineGenerate(engine, tokenizer, build_sampling(recipe, functions))
         run.manager = AsyncRolloutManager(run.data_buffer, build_rollouts(recipe, functions, generate))
@@ -215,10 +247,8 @@ class _WithEngine:
         return await result if inspect.isawaitable(result) else result
 
 
-def build_engine(recipe: RLRecipe, model: Any, tokenizer: PreTrainedTokenizerBase) -> InferenceEngine:
+def build_engine(recipe: RLRecipe, model: Any, tokenizer: PreTrainedTokenizerBase) -> EmbeddedEngine:
     section = recipe.engine
-    if section.url is not None:
-        return (SGLangEngine if section.kind == "sglang" else VLLMEngine)(section.url)
     return EmbeddedEngine(
         model,
         tokenizer,
@@ -229,10 +259,29 @@ def build_engine(recipe: RLRecipe, model: Any, tokenizer: PreTrainedTokenizerBas
     )
 
 
+def build_servers(
+    recipe: RLRecipe, functions: Functions, backend: PyTorchTrainingBackend, delivery: WeightDelivery
+) -> WeightSyncManager:
+    """The servers that the recipe names, kept on the backend's weights and checked by its log-probs."""
+    section = recipe.engine
+    kind = VLLMEngine if section.kind == "vllm" else SGLangEngine
+    key = os.environ.get("ROLLOUTS_API_KEY")
+    engines = [kind(url, api_key=key, timeout=section.timeout_s, max_retries=1) for url in section.url]
+
+    async def restart(engine: Any) -> Any:
+        if functions.restart is not None:
+            await call(functions.restart, engine.base_url)
+        await engine.reconnect()
+        return engine
+
+    reference, tolerance = own_log_probs(backend)
+    return WeightSyncManager(engines, restart, prepare=delivery, reference=reference, tolerance=tolerance)
+
+
 def build_evaluation(
     recipe: RLRecipe,
     functions: Functions,
-    engine: InferenceEngine,
+    engine: Sampler,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sample],
 ) -> RewardEvaluation:

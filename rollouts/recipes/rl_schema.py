@@ -139,22 +139,32 @@ class Rollout(Section):
 
 
 class Engine(Section):
-    """What samples. kind: embedded, or a server of SGLang or vLLM that runs at url and is sent the weights.
+    """What samples. kind: embedded, or servers that run already and are sent the weights: of SGLang, vLLM or
+    `rollouts serve` (rollouts). ROLLOUTS_API_KEY is the key that they want, if any.
 
+    Of servers: url: an address, or several that share the work. weights: pushed out of the trainer's memory (push),
+    through a folder in the run's that they can read (disk), a LoRA adapter alone (adapter), or the first of adapter,
+    push and disk that all of them take (auto). restart: a function of the address of one that failed, which starts it
+    again; null waits for somebody else to. timeout_s: of an answer, and of each step of an update.
     Of the embedded engine: max_rows: sequences at once. max_length: of prompt and response (null: the model's limit, at
     most 4,096). cache_gb: memory for keys and values.
     """
 
-    kind: Literal["embedded", "sglang", "vllm"] = "embedded"
-    url: str | None = None
+    kind: Literal["embedded", "rollouts", "sglang", "vllm"] = "embedded"
+    url: Annotated[list[str], BeforeValidator(one_is_a_list)] = Field([])
+    weights: Literal["auto", "push", "disk", "adapter"] = "auto"
+    restart: FunctionName | None = None
+    timeout_s: float = Field(300.0, gt=0)
     max_rows: int = Field(256, ge=1)
     max_length: int | None = Field(None, ge=2)
     cache_gb: float = Field(1.0, gt=0)
 
     @model_validator(mode="after")
-    def _server_has_address(self) -> Self:
-        if (self.kind == "embedded") == (self.url is not None):
-            raise ValueError("kind sglang or vllm needs url, the server's address, and embedded has none")
+    def _servers_have_addresses(self) -> Self:
+        if (self.kind == "embedded") == bool(self.url):
+            raise ValueError("kind rollouts, sglang or vllm needs url, the servers' addresses, and embedded has none")
+        if len(set(self.url)) < len(self.url):
+            raise ValueError("url names a server twice; name each once")
         return self
 
 
@@ -299,8 +309,8 @@ class RLRecipe(Recipe):
             raise ValueError("train.sync_every makes rollouts older than rollout.max_staleness allows; raise that")
         if self.train.eval_every and not self.data.validation:
             raise ValueError("train.eval_every is set, but data.validation names no prompts; add them")
-        if self.model.lora and self.engine.kind != "embedded":
-            raise ValueError("model.lora needs engine.kind: embedded, which serves an adapter as it is trained")
+        if self.engine.weights == "adapter" and not self.model.lora:
+            raise ValueError("engine.weights: adapter needs model.lora; set it, or take push or disk")
         if self.model.lora and self.distributed.checkpoint_format == "sharded":
             raise ValueError("model.lora and distributed.checkpoint_format: sharded exclude one another; use full")
         return self

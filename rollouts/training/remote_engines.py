@@ -15,6 +15,8 @@ values of old ones, which SGLang and vLLM both find in their prefix caches.
 from __future__ import annotations
 
 import hashlib
+import socket
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
+import httpx
 
 from rollouts.errors import UserError
 from rollouts.inference.protocol import PauseMode, UpdateMode
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from rollouts.inference.completion import Completion
 
 HEALTH_SECONDS = 20.0
+POLL_SECONDS = 1.0
 ADAPTER_CONFIG = "adapter_config.json"  # what tells a folder with an adapter alone
 ADAPTER_NAME = "rollouts"  # of the adapter in vLLM
 
@@ -55,7 +59,8 @@ class RemoteEngine(ABC):
         base_url: the server's address.
         api_key: the bearer token it wants, if any.
         timeout: seconds for an answer, and for each step of a weight update.
-        push_address: this machine's address as the server sees it, for weights sent over gloo.
+        max_retries: of requests that fail, as in ``Endpoint``.
+        push_address: this machine's address as the server sees it, for weights sent over gloo; None finds it out.
     """
 
     provider: str
@@ -67,10 +72,18 @@ class RemoteEngine(ABC):
         *,
         api_key: str | None = None,
         timeout: float = 600.0,
-        push_address: str = "127.0.0.1",
+        max_retries: int = 4,
+        push_address: str | None = None,
     ) -> None:
         self.base_url = base_url
-        self.endpoint = Endpoint(self.provider, model, base_url, api_key=api_key, timeout=timeout)  # type: ignore[arg-type]
+        self.endpoint = Endpoint(
+            self.provider,  # type: ignore[arg-type]
+            model,
+            base_url,
+            api_key=api_key,
+            timeout=timeout,
+            max_retries=max_retries,
+        )
         self.push_address = push_address
         self._group: WeightGroup | None = None
         self._updating = anyio.Lock()
@@ -100,6 +113,20 @@ class RemoteEngine(ABC):
             with anyio.CancelScope(shield=True):
                 async with self._gate:
                     self._gate.notify_all()
+
+    async def reconnect(self) -> None:
+        """Wait until a server that failed answers again at its address, as if it had been started anew.
+
+        Raises:
+            ProviderError: it did not within ``timeout`` seconds.
+        """
+        self._group = None
+        self._forget_adapter()
+        with anyio.move_on_after(self.endpoint.timeout):
+            while not await self.is_healthy():
+                await anyio.sleep(POLL_SECONDS)
+            return
+        raise ProviderError(f"{self!r} is not back after {self.endpoint.timeout:g} s")
 
     async def is_healthy(self) -> bool:
         """Whether the server samples, within 20 s; of a paused one whether it answers."""
@@ -180,7 +207,8 @@ class RemoteEngine(ABC):
     async def _push(self, tensors: dict[str, torch.Tensor], version: int) -> None:
         """Send tensors in buckets; the server receives each while this process sends it."""
         if self._group is None:
-            group = WeightGroup(self.push_address, await self._num_workers(), self.endpoint.timeout)
+            address = self.push_address or address_towards(self.base_url)
+            group = WeightGroup(address, await self._num_workers(), self.endpoint.timeout)
             await self._together(partial(self._invite, group), group.join)
             self._group = group
         try:
@@ -244,6 +272,18 @@ class RemoteEngine(ABC):
     @abstractmethod
     async def _load_adapter(self, folder: Path, version: int) -> None:
         """Load a LoRA adapter alone, and sample with it from then on."""
+
+    @abstractmethod
+    async def takes_adapters(self) -> bool:
+        """Whether the server was started so that it takes LoRA adapters alone."""
+
+    @abstractmethod
+    async def takes_pushes(self) -> bool:
+        """Whether weights can be sent out of memory."""
+
+    @abstractmethod
+    def _forget_adapter(self) -> None:
+        """A server that starts anew has none."""
 
     @abstractmethod
     async def _num_workers(self) -> int: ...
@@ -310,22 +350,36 @@ class SGLangEngine(RemoteEngine):
         )
 
     async def _load_adapter(self, folder: Path, version: int) -> None:
-        name = f"rollouts_{version}"  # a name is loaded once: the next version gets another
+        name = f"rollouts_{version}_{uuid.uuid4().hex[:8]}"  # a name is loaded once
         self._expect(
             await self._post("/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, max_retries=0)
         )
-        if self._adapter is not None and self._adapter != name:
+        if self._adapter is not None:
             self._expect(await self._post("/unload_lora_adapter", {"lora_name": self._adapter}, max_retries=0))
         self._adapter = name
         self.endpoint = replace(self.endpoint, extra_params={**(self.endpoint.extra_params or {}), "lora_path": name})
         await self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
 
+    async def takes_adapters(self) -> bool:
+        return bool((await self._server_info()).get("enable_lora"))
+
+    async def takes_pushes(self) -> bool:
+        return True
+
+    def _forget_adapter(self) -> None:
+        self._adapter = None
+        others = {name: value for name, value in (self.endpoint.extra_params or {}).items() if name != "lora_path"}
+        self.endpoint = replace(self.endpoint, extra_params=others)
+
     async def _num_workers(self) -> int:
-        try:
-            info = await self._get("/server_info")
-        except UserError:  # 404: `rollouts serve`, which is one process
-            return 1
+        info = await self._server_info()
         return int(info.get("tp_size", 1)) * int(info.get("pp_size", 1))
+
+    async def _server_info(self) -> dict[str, Any]:
+        try:
+            return await self._get("/server_info")
+        except UserError:  # 404: `rollouts serve`, which is one process and takes no adapters
+            return {}
 
     async def _invite(self, group: WeightGroup) -> None:
         self._expect(
@@ -450,12 +504,26 @@ class VLLMEngine(RemoteEngine):
         await self._post("/update_weight_version", {"new_version": str(version)})
         self.endpoint = replace(self.endpoint, model=ADAPTER_NAME)  # as vLLM names who is asked
 
+    async def takes_adapters(self) -> bool:
+        if not (await self._config()).get("lora_config"):
+            return False
+        return "/v1/load_lora_adapter" in (await self._get("/openapi.json"))["paths"]
+
+    async def takes_pushes(self) -> bool:
+        return await self._has_plugin()
+
+    def _forget_adapter(self) -> None:
+        if self.endpoint.model == ADAPTER_NAME:
+            self.endpoint = replace(self.endpoint, model="")  # the server's own, which is asked for
+
     async def _has_plugin(self) -> bool:
         if self._plugin is None:
-            info = await self._get("/server_info?config_format=json")
-            config = (info.get("vllm_config") or {}).get("weight_transfer_config")
+            config = (await self._config()).get("weight_transfer_config")
             self._plugin = isinstance(config, dict) and config.get("backend") == "gloo"
         return self._plugin
+
+    async def _config(self) -> dict[str, Any]:
+        return (await self._get("/server_info?config_format=json")).get("vllm_config") or {}
 
     async def _num_workers(self) -> int:
         return int((await self._get("/get_world_size"))["world_size"])
@@ -480,6 +548,18 @@ class VLLMEngine(RemoteEngine):
 
     async def _end_push(self, version: int) -> None:
         await self._post("/finish_weight_update", {"weight_version": str(version)}, max_retries=0)
+
+
+def address_towards(url: str) -> str:
+    """This machine's address on the way to a server. Raises WeightSyncError: the server's name is unknown."""
+    where = httpx.URL(url)
+    try:
+        family, kind, *_, target = socket.getaddrinfo(where.host, where.port or 80, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # of a datagram socket: nothing is sent
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise WeightSyncError(f"cannot find the way to {url}: {error}") from error
 
 
 def describe(bucket: Mapping[str, torch.Tensor]) -> tuple[list[str], list[str], list[list[int]]]:

@@ -7,6 +7,7 @@
     await future                 <-----   the results, in the engines' order
                                           an engine failed: it is dropped; restart(engine) in the background,
     manager.engines                       then the newest weights, checked; only then is it among the engines again
+    wait_for_engine()            <-----   (whoever finds none there waits for that)
 
 `manager.engines` is what may sample now. `sync_weights_to_engines` is the same without memory: one call, no restarts.
 """
@@ -241,6 +242,8 @@ class WeightSyncManager:
         engines: those to begin with; they serve ``version`` already.
         restart: ``await restart(engine)`` gives a running engine in place of one that failed, the same one or another;
             None: what fails stays out.
+        prepare: ``prepare(weights, version)`` gives what the engines are sent of what ``sync`` is given: other tensors,
+            or a folder. It runs in a thread, and what it gives must stay as it is until it is called again.
         version: of the weights that the engines have now.
         reference, tolerance: as in ``sync_weights_to_engines``.
         restart_delays: seconds before each attempt to bring an engine back; after the last it stays out.
@@ -251,6 +254,7 @@ class WeightSyncManager:
         engines: Sequence[InferenceEngine],
         restart: Callable[[InferenceEngine], Awaitable[InferenceEngine]] | None = None,
         *,
+        prepare: Callable[[Any, int], Weights] | None = None,
         version: int = 0,
         reference: Reference | None = None,
         tolerance: float = 0.05,
@@ -264,8 +268,12 @@ class WeightSyncManager:
         self._restart = restart
         self._restart_delays = restart_delays
         self._check = (reference, tolerance)
+        self._prepare = prepare
         self._returning: dict[int, InferenceEngine] = {}  # restarted, and waiting for the next sync
-        self._folder: str | Path | None = None  # of the current version, where it came from one
+        self._restarting = 0
+        self._changed = anyio.Event()  # an engine came back, or never will
+        self._kept: Weights = None  # those of the current version, if they stay as they are
+        self._why: Exception | None = None  # the last engine failed
         self._last = version  # asked for
         self._changing = anyio.Lock()  # one sync, or one engine that catches up, at a time
         self._scope: anyio.abc.TaskGroup | None = None
@@ -285,18 +293,20 @@ class WeightSyncManager:
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
+    ) -> None:
         assert self._scope is not None
         self._send.close()
         self._scope.cancel_scope.cancel()
-        return await self._scope.__aexit__(kind, error, trace)
+        # The group need not know of an error in the block, which it would wrap in a group.
+        await self._scope.__aexit__(None, None, None)
 
     def sync(
         self, weights: Weights, version: int | None = None, mode: UpdateMode = "drain"
     ) -> TrainFuture[list[SyncResult]]:
         """Give every engine these weights; the future has one result an engine that was in, in their order.
 
-        Syncs happen in the order of the calls. The future raises WeightSyncError when no engine took the weights.
+        Syncs happen in the order of the calls. The future raises WeightSyncError when no engine took the weights and
+        none that is restarted will be given them.
 
         Args:
             weights: as in ``sync_weights_to_engines``. Those in memory must stay as they are until the future is done.
@@ -309,15 +319,26 @@ class WeightSyncManager:
         self._send.send_nowait(job)
         return job.future
 
-    async def drop(self, engine: InferenceEngine) -> None:
+    async def drop(self, engine: InferenceEngine, error: Exception | None = None) -> None:
         """Take an engine out that failed while it sampled; it is restarted and caught up like any other."""
         async with self._changing:
             if engine in self._slots:
+                self._why = error or self._why
                 self._drop(self._slots.index(engine))
+
+    async def wait_for_engine(self) -> None:
+        """Until there is an engine that serves the current version. Raises WeightSyncError: none will come back."""
+        while not self.engines:
+            if not self._restarting and not self._returning:
+                why = f" (the last one: {self._why})" if self._why else ""
+                raise WeightSyncError(f"no engine is left{why}; start the servers again and resume the run")
+            await self._changed.wait()
 
     async def _work(self, jobs: Any) -> None:
         async for job in jobs:
             try:
+                while not self.engines and not self._returning and self._restarting:
+                    await self._changed.wait()
                 async with self._changing:
                     results = await self._sync(job)
             except Exception as error:
@@ -329,29 +350,43 @@ class WeightSyncManager:
                 job.future.set_result(results)
 
     async def _sync(self, job: _Job) -> list[SyncResult]:
+        weights: Weights = job.weights
+        if self._prepare is not None:
+            weights = await anyio.to_thread.run_sync(self._prepare, weights, job.version)
         members = {i: engine for i, engine in enumerate(self._slots) if engine is not None} | self._returning
         places = sorted(members)
         self._returning = {}
-        results = await _sync_all([members[i] for i in places], job.weights, job.version, job.mode, *self._check)
+        results = await _sync_all([members[i] for i in places], weights, job.version, job.mode, *self._check)
         # From here on this is what an engine must serve, whether all could take it or not.
         self.version = job.version
-        self._folder = job.weights if isinstance(job.weights, str | Path) else None
+        self._kept = weights if self._prepare is not None or isinstance(weights, str | Path) else None
         for place, result in zip(places, results, strict=True):
             self._slots[place] = result.engine
             if not result.ok:
                 self._drop(place)
-        if not self.engines:
-            error = next((result.error for result in results if result.error), None)
-            raise WeightSyncError(f"no engine serves version {job.version}: {error or 'none is left'}") from error
+            self._why = result.error or self._why
+        self._notify()
+        if not self.engines and not (self._restarting and self._kept is not None):
+            raise WeightSyncError(
+                f"no engine serves version {job.version}: {self._why or 'none is left'}"
+            ) from self._why
         return results
 
     def _drop(self, place: int) -> None:
         engine, self._slots[place] = self._slots[place], None
         logger.warning("%r is out until it serves version %d", engine, self.version)
         if self._restart is not None and self._scope is not None and engine is not None:
+            self._restarting += 1
             self._scope.start_soon(self._bring_back, place, engine)
 
     async def _bring_back(self, place: int, engine: InferenceEngine) -> None:
+        try:
+            await self._restart_until_it_serves(place, engine)
+        finally:
+            self._restarting -= 1
+            self._notify()
+
+    async def _restart_until_it_serves(self, place: int, engine: InferenceEngine) -> None:
         """Restart an engine and give it the newest weights, again and again if need be."""
         assert self._restart is not None
         for delay in self._restart_delays:
@@ -365,12 +400,18 @@ class WeightSyncManager:
                 logger.warning("%r did not come back: %s", engine, error)
         logger.error("%r stays out after %d attempts", engine, len(self._restart_delays))
 
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
+
     async def _catch_up(self, place: int, engine: InferenceEngine) -> bool:
         async with self._changing:
-            if self._folder is None:
+            if self._kept is None:
                 self._returning[place] = engine
                 return True
-            result = await _sync_one(engine, self._folder, self.version, "abort", *self._check)
+            # Without the reference: the trainer may have gone on from these weights meanwhile.
+            result = await _sync_one(engine, self._kept, self.version, "abort", None, self._check[1])
+            self._why = result.error or self._why
             if result.ok:
                 self._slots[place] = engine
                 logger.info("%r serves version %d again", engine, self.version)

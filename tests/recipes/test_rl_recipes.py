@@ -11,12 +11,20 @@ import yaml
 
 from rollouts.errors import UserError
 from rollouts.recipes import rl_schema
-from rollouts.recipes.build_rl import build_config, build_engine, build_rollouts, load_functions
+from rollouts.recipes.build_rl import build_config, build_rollouts, build_servers, load_functions
 from rollouts.recipes.load import load_recipe, to_yaml
 from rollouts.recipes.rl_schema import ALGORITHMS, RLRecipe
-from rollouts.training import RLTrainingConfig, RolloutConfig, Sample, SGLangEngine, VLLMEngine
+from rollouts.training import (
+    RLTrainingConfig,
+    RolloutConfig,
+    Sample,
+    SGLangEngine,
+    VLLMEngine,
+    create_pytorch_backend,
+)
 from rollouts.training.algorithms.advantages import AdvantageConfig
 from rollouts.training.algorithms.policy_losses import PolicyLossConfig
+from rollouts.training.weight_delivery import WeightDelivery
 
 MINIMAL: dict[str, Any] = {"model": "org/model", "data": {"train": "rows.jsonl"}, "reward": "gsm8k"}
 SHIPPED = sorted(Path(rl_schema.__file__).parent.glob("rl_*.yaml"))
@@ -53,11 +61,15 @@ def test_every_algorithm_is_one_line(tmp_path: Path) -> None:
             assert config.loss.name == "gspo" and config.loss.bounds == (3e-4, 4e-4)
 
 
-def test_servers_as_engines(tmp_path: Path) -> None:
-    for kind, engine in (("sglang", SGLangEngine), ("vllm", VLLMEngine)):
-        recipe = load(tmp_path, engine={"kind": kind, "url": "http://localhost:1234"})
-        built = build_engine(recipe, None, None)
-        assert isinstance(built, engine) and built.base_url == "http://localhost:1234"
+def test_servers_as_engines(tmp_path: Path, make_tiny_model: Any) -> None:
+    backend = create_pytorch_backend(make_tiny_model())
+    for kind, engine in (("sglang", SGLangEngine), ("vllm", VLLMEngine), ("rollouts", SGLangEngine)):
+        for url in ("http://localhost:1234", ["http://localhost:1234", "http://other:5"]):
+            recipe = load(tmp_path, engine={"kind": kind, "url": url})
+            delivery = WeightDelivery(backend.model, tmp_path / "weights", recipe.engine.weights)
+            built = build_servers(recipe, load_functions(recipe), backend, delivery).engines
+            assert [type(server) for server in built] == [engine] * len(recipe.engine.url)
+            assert [server.base_url for server in built] == recipe.engine.url
 
 
 def test_what_the_recipe_says_comes_first(tmp_path: Path) -> None:
@@ -97,7 +109,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     assert "data.validation" in error_of(tmp_path, train={"eval_every": 2})
     assert "algorithm" in error_of(tmp_path, algorithm="gprpo")
     assert "needs url" in error_of(tmp_path, engine={"kind": "vllm"})
-    assert "embedded" in error_of(tmp_path, engine={"kind": "vllm", "url": "http://x"}, model={"path": "m", "lora": {}})
+    assert "model.lora" in error_of(tmp_path, engine={"kind": "vllm", "url": "http://x", "weights": "adapter"})
     for values, message in (
         ({"reward": "gsm9k"}, "did you mean 'gsm8k'"),
         ({"loss": "gpso"}, "did you mean 'gspo'"),

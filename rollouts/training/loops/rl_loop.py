@@ -32,10 +32,12 @@ from rollouts.training.loops.rl_step import (
     ProcessRewards,
     RLModels,
     learn_from_rollouts,
+    own_log_probs,
     perform,
     policy_loss,
 )
 from rollouts.training.metrics import ConsoleLogger, MetricsLogger
+from rollouts.training.remote_engines import RemoteEngine
 from rollouts.training.rewards.runner import RewardRunner
 from rollouts.training.rollout_gen.ledger import copy_sample
 from rollouts.training.rollout_gen.manager import AsyncRolloutManager
@@ -111,6 +113,8 @@ async def run_rl_training(
 
     if resume and (state := await resume_step(models, rollout_manager, config)) is not None:
         step = state["step"]
+        if step % config.sync_every:  # no engine has the weights that were due before
+            await sync_weights(backend, inference_engines, step, config)
         await publish(state["metrics"])
         history = [state["metrics"]] if step >= config.num_steps else []
     elif backend.world_size > 1 or not all(shares_model(e, backend) for e in _engines_of(inference_engines)):
@@ -231,7 +235,8 @@ async def sync_weights(
     sharing = [engine for engine in _engines_of(engines) if shares_model(engine, backend)]
     others = [engine for engine in _engines_of(engines) if not shares_model(engine, backend)]
     weights = None
-    if others or backend.world_size > 1:
+    managed = isinstance(engines, WeightSyncManager) and not sharing  # perhaps all are out, and about to come back
+    if others or managed or backend.world_size > 1:
         weights = await perform(backend.get_weights, config)  # every rank takes part in gathering them
     if isinstance(engines, WeightSyncManager):
         await engines.sync(weights, version, mode)
@@ -239,7 +244,11 @@ async def sync_weights(
     if sharing:
         await sync_weights_to_engines(sharing, None, version, mode=mode)
     if others:
-        await sync_weights_to_engines(others, weights, version, mode=mode)
+        # Digests tell all of an embedded engine's weights; some of those that servers hold are hidden.
+        reference, tolerance = own_log_probs(backend)
+        if not any(isinstance(engine, RemoteEngine) for engine in others):
+            reference = None
+        await sync_weights_to_engines(others, weights, version, mode=mode, reference=reference, tolerance=tolerance)
 
 
 def shares_model(engine: InferenceEngine, backend: PyTorchTrainingBackend) -> bool:

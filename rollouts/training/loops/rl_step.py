@@ -5,6 +5,7 @@ Shapes: S samples, n_i learned tokens of sample i, M learned tokens of all sampl
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -31,6 +32,7 @@ from rollouts.training.loops.rl_batches import (
 from rollouts.training.loops.rl_metrics import Stopwatch
 from rollouts.training.sft_losses import LossFn, causal_lm_loss
 from rollouts.training.types import RLTrainingConfig, RolloutBatch, Sample, TrainFuture
+from rollouts.training.weight_sync import Reference
 
 T = TypeVar("T")
 Arrays = list[np.ndarray]
@@ -201,6 +203,24 @@ async def perform(operation: Callable[[], TrainFuture[T]], config: RLTrainingCon
     if config.max_staleness == 0:
         return await operation()
     return await anyio.to_thread.run_sync(lambda: operation().wait())
+
+
+def own_log_probs(policy: PyTorchTrainingBackend) -> tuple[Reference | None, float]:
+    """The policy's own log-probs of given tokens, to check engines by, and how far theirs may be off on average.
+
+    On several ranks there are none: every one of them would have to take part.
+    """
+    asked = threading.Lock()
+
+    def log_probs(ids: Sequence[int]) -> list[float]:
+        sample = Sample(tokens=ids, loss_mask=[1.0] * len(ids))
+        with asked:  # engines are checked side by side
+            batches, _ = collate_rl_step([sample], [0], len(ids), share_prompts=shares_prompts(policy))
+            [values] = policy.compute_log_probs(batches).wait()
+        return [0.0, *values.tolist()]
+
+    exact = policy.compute_dtype == torch.float32
+    return (log_probs if policy.world_size == 1 else None), (0.05 if exact else 0.25)
 
 
 # Losses ---------------------------------------------------------------------------------------------------------------

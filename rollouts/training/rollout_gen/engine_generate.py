@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rollouts.errors import UserError
 from rollouts.inference.completion import Completion, StopReason
-from rollouts.inference.protocol import InferenceEngine
+from rollouts.inference.protocol import Sampler
 from rollouts.inference.sampling_params import SamplingParams
 from rollouts.training.rollout_gen.concurrency import gather
 from rollouts.training.rollout_gen.seeds import sampling_seed
@@ -34,7 +34,7 @@ class EngineGenerate:
     """
 
     def __init__(
-        self, engine: InferenceEngine, tokenizer: PreTrainedTokenizerBase, params: SamplingParams | None = None
+        self, engine: Sampler, tokenizer: PreTrainedTokenizerBase, params: SamplingParams | None = None
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
