@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,11 +32,13 @@ from rollouts.pipeline.tasks import (
 )
 from rollouts.pipeline.world import Split
 from rollouts.training.backends.optimizers import OptimizerConfig, ScheduleConfig
+from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.backends.pytorch_factory import create_pytorch_backend
 from rollouts.training.checkpoints import find_latest
 from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.datasets.dataset_loaders import SampleDataset, load_sft_dataset
 from rollouts.training.datasets.sources import DatasetSpec
+from rollouts.training.functions import nearest
 from rollouts.training.loops import PretrainingConfig, TokenBlocks, run_pretraining, run_sft_training
 from rollouts.training.loops.rl_loop import run_rl_training
 from rollouts.training.loops.rl_metrics import RolloutLog
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Summary = dict[str, Any]
+Loop = Callable[..., Coroutine[Any, Any, list[dict[str, Any]]]]  # a training loop with most of its arguments given
 
 OPENINGS = ("One sunny morning", "Tara had 12 apples.", "About Velm.", "Finn wrote a list: sun, ant, moon.")
 
@@ -88,6 +92,9 @@ class RLStage:
         mini_batches: optimizer steps that a batch is divided into.
         max_tokens: of a reply.
         log_every, checkpoint_every: in steps; 0 = only at the end.
+
+    Raises:
+        UserError: a family that there is not.
     """
 
     families: tuple[str, ...]
@@ -100,6 +107,11 @@ class RLStage:
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig("linear", min_lr_ratio=0.1))
     log_every: int = 20
     checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in self.families:
+            if name not in FAMILIES:
+                raise UserError(f"no family of problems {name!r}{nearest(name, FAMILIES)}; use {', '.join(FAMILIES)}")
 
 
 @dataclass(frozen=True)
@@ -180,7 +192,7 @@ def train_base(config: SpeedrunConfig, data: Path, tokenizer_folder: Path, out: 
     options = loop_options(config, config.base, len(blocks))
     loop_config = PretrainingConfig(**options, block_length=config.base.block_length)
     loop = partial(run_pretraining, documents=samples, config=loop_config, validation=validation)
-    return train("base", config, config.base, model, tokenizer, samples, loop, loop_config, out)
+    return train("base", config, config.base, model, tokenizer, samples, loop, loop_config.num_steps, out)
 
 
 def train_sft(config: SpeedrunConfig, data: Path, base_folder: Path, out: Path) -> Summary:
@@ -189,23 +201,14 @@ def train_sft(config: SpeedrunConfig, data: Path, base_folder: Path, out: Path) 
     samples, validation = load_samples(data, "conversations", tokenizer, rehearsal=config.rehearsal)
     loop_config = SFTTrainingConfig(**loop_options(config, config.sft, len(samples)))
     loop = partial(run_sft_training, samples=samples, config=loop_config, validation=validation)
-    return train("sft", config, config.sft, model, tokenizer, samples, loop, loop_config, out)
+    return train("sft", config, config.sft, model, tokenizer, samples, loop, loop_config.num_steps, out)
 
 
 def train_rl(config: SpeedrunConfig, sft_folder: Path, out: Path) -> Summary:
     """Let the chat model learn from its own graded replies; ``out`` as in ``train_base``, with ``rollouts.jsonl``."""
     stage = config.rl
     model, tokenizer = load_hf_model(sft_folder / "final", config.device, "float32")
-    precision = native_precision(model.device) if config.precision == "auto" else config.precision
-    backend = create_pytorch_backend(
-        model,
-        tokenizer,
-        checkpoint_dir=out / "checkpoints",
-        precision=precision,
-        optimizer=stage.optimizer,
-        schedule=stage.schedule,
-        num_steps=stage.num_steps * stage.mini_batches,
-    )
+    backend = make_backend(config, stage, model, tokenizer, stage.num_steps * stage.mini_batches, out)
     problems = make_problems(config.seed, stage.num_steps * stage.prompts, stage.families)
     prompts = [
         Sample(prompt=list(p.prompt), id=f"{i}", metadata={"answer": p.answer, "task": p.family})
@@ -221,12 +224,11 @@ def train_rl(config: SpeedrunConfig, sft_folder: Path, out: Path) -> Summary:
         checkpoint_every=stage.checkpoint_every,
         keep_checkpoints=1,
     )
-    logger = CompositeLogger(
-        [JSONLLogger(out / "metrics.jsonl"), ConsoleLogger(stage.num_steps, stage.log_every, "rl")]
-    )
-    rollout_log = RolloutLog(out / "rollouts.jsonl")
     params = SamplingParams(max_tokens=stage.max_tokens)
-    with EmbeddedEngine(model, tokenizer, max_length=512, max_rows=stage.prompts * stage.samples) as engine:
+    with (
+        EmbeddedEngine(model, tokenizer, max_length=512, max_rows=stage.prompts * stage.samples) as engine,
+        closing(RolloutLog(out / "rollouts.jsonl")) as rollout_log,
+    ):
         rollouts = RolloutConfig(
             batch_size=stage.prompts,
             n_samples_per_prompt=stage.samples,
@@ -235,21 +237,13 @@ def train_rl(config: SpeedrunConfig, sft_folder: Path, out: Path) -> Summary:
             seed=config.seed,
         )
         manager = AsyncRolloutManager(buffer, rollouts)
-        loop = partial(run_rl_training, metrics_logger=logger, rollout_log=rollout_log)
-        try:
-            history = anyio.run(loop, backend, buffer, manager, [engine], loop_config)
-        finally:
-            logger.close()
-            rollout_log.close()
-    step = find_latest(out / "checkpoints")
-    assert step is not None, "the loop commits its last step"
-    export_checkpoint(step, out / "final", overwrite=True)
+        loop = partial(run_rl_training, backend, buffer, manager, [engine], loop_config, rollout_log=rollout_log)
+        last = run_loop("rl", loop, stage.num_steps, stage.log_every, out)
     return {
-        "parameters": model.num_parameters(),
-        "precision": precision,
+        **describe_model(backend),
         "steps": stage.num_steps,
         "samples": stage.num_steps * stage.prompts * stage.samples,
-        "reward": history[-1]["reward_mean"],
+        "reward": last["reward_mean"],
     }
 
 
@@ -289,38 +283,60 @@ def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     samples: SampleDataset,
-    loop: Callable[..., Coroutine[Any, Any, list[dict[str, Any]]]],
-    loop_config: SFTTrainingConfig,
+    loop: Loop,
+    num_steps: int,
     out: Path,
 ) -> Summary:
-    """Run ``loop``, from its last checkpoint if ``out`` holds one, and write the result to ``out/final``."""
-    num_steps = loop_config.num_steps
-    precision = native_precision(model.device) if config.precision == "auto" else config.precision
-    backend = create_pytorch_backend(
+    """Run a loop over ``samples`` that takes a backend, and say what it made of the model."""
+    backend = make_backend(config, stage, model, tokenizer, num_steps, out)
+    last = run_loop(name, partial(loop, backend), num_steps, stage.log_every, out)
+    return {
+        **describe_model(backend),
+        "steps": num_steps,
+        "tokens": int(samples.lengths.sum()),
+        "learned_tokens": int(samples.loss_counts.sum()),
+        "val_loss": last["val_loss"],
+    }
+
+
+def make_backend(
+    config: SpeedrunConfig,
+    stage: TrainingStage | RLStage,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_steps: int,
+    out: Path,
+) -> PyTorchTrainingBackend:
+    """A backend for ``num_steps`` optimizer steps that keeps its checkpoints in ``out``."""
+    return create_pytorch_backend(
         model,
         tokenizer,
         checkpoint_dir=out / "checkpoints",
-        precision=precision,
+        precision=native_precision(model.device) if config.precision == "auto" else config.precision,
         optimizer=stage.optimizer,
         schedule=stage.schedule,
         num_steps=num_steps,
     )
-    logger = CompositeLogger([JSONLLogger(out / "metrics.jsonl"), ConsoleLogger(num_steps, stage.log_every, name)])
-    try:
-        history = anyio.run(partial(loop, backend, metrics_logger=logger))
-    finally:
-        logger.close()
+
+
+def run_loop(name: str, loop: Loop, num_steps: int, log_every: int, out: Path) -> dict[str, Any]:
+    """Run ``loop``, from its last checkpoint if ``out`` holds one, and write the model to ``out/final``.
+
+    Returns:
+        The metrics of the last step.
+    """
+    logger = CompositeLogger([JSONLLogger(out / "metrics.jsonl"), ConsoleLogger(num_steps, log_every, name)])
+    with closing(logger):
+        history = anyio.run(partial(loop, metrics_logger=logger))
     step = find_latest(out / "checkpoints")
     assert step is not None, "the loop commits its last step"
     export_checkpoint(step, out / "final", overwrite=True)
-    return {
-        "parameters": model.num_parameters(),
-        "precision": precision,
-        "steps": num_steps,
-        "tokens": int(samples.lengths.sum()),
-        "learned_tokens": int(samples.loss_counts.sum()),
-        "val_loss": history[-1]["val_loss"],
-    }
+    return history[-1]
+
+
+def describe_model(backend: PyTorchTrainingBackend) -> Summary:
+    precision = str(backend.compute_dtype).removeprefix("torch.")
+    return {"parameters": sum(p.numel() for p in backend.model.parameters()), "precision": precision}
 
 
 def native_precision(device: torch.device) -> str:

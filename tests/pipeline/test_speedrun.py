@@ -131,6 +131,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
         ({"device": "cuda:7"}, "cuda:7"),
         ({"vocab_size": 20}, "vocab_size"),
         ({"model.num_kv_heads": 3}, "num_kv_heads"),
+        ({"rl.families": "[compare, srot]"}, "no family of problems 'srot' (did you mean 'sort'?)"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
