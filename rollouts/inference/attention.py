@@ -44,6 +44,7 @@ class Step:
     reads: Reads | None
     chunks: list[Chunk]
     outputs: torch.Tensor  # [B] int64, tokens whose logits are wanted
+    table: torch.Tensor | None = None  # [D, M] int64, pages of each decoding token's row, in the place of ``reads``
 
 
 def write_cache(keys: torch.Tensor, values: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
@@ -67,6 +68,8 @@ def paged_attention(
     ``window`` limits each token to the last so many positions, itself included.
     """
     write_cache(keys, values, key, value, step)
+    if step.table is not None:
+        return table_attention(query, keys, values, step.table, step.positions, scale, window)
     out = torch.empty_like(query)
     if step.num_decode:
         out[: step.num_decode] = decode_attention(query[: step.num_decode], keys, values, step, scale, window)
@@ -103,6 +106,30 @@ def decode_attention(
         0, rows, torch.matmul(weights, values[step.reads.pages].float())
     )
     return (summed / total[..., None]).view(num_rows, num_heads, width).to(query.dtype)
+
+
+def table_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    table: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """As ``decode_attention``, in shapes that do not depend on the lengths: query [D, H, d], table [D, M] -> [D, H, d].
+
+    What lies in the table beyond a row's last page is hidden, as are the places behind it in that page.
+    """
+    num_kv_heads, width = keys.shape[1:3]
+    heads = torch.arange(num_kv_heads, device=query.device)[:, None]
+    key = keys.transpose(2, 3)[table[:, None], heads].flatten(2, 3)  # [D, K, M * s, d]
+    value = values[table[:, None], heads].flatten(2, 3)
+    behind = positions[:, None] - torch.arange(key.shape[2], device=query.device)  # [D, M * s] positions to look back
+    visible = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+    grouped = query.view(len(query), num_kv_heads, -1, width)  # the queries that share a key head are its G queries
+    mask = visible[:, None, None].expand(-1, num_kv_heads, grouped.shape[2], -1)
+    return F.scaled_dot_product_attention(grouped, key, value, mask, scale=scale).reshape(query.shape)
 
 
 def chunk_attention(

@@ -32,9 +32,10 @@ from rollouts.errors import UserError
 from rollouts.inference.adapters import base_of
 from rollouts.inference.completion import Completion, CompletionChunk, take_chunks
 from rollouts.inference.engine_thread import EngineThread, WeightUpdate
+from rollouts.inference.forward import make_forward
 from rollouts.inference.grammars import Grammars
 from rollouts.inference.kv_cache import PAGE_SIZE, KVCache
-from rollouts.inference.model_runner import ModelShape, make_forward
+from rollouts.inference.model_runner import ModelShape
 from rollouts.inference.native import release_threads
 from rollouts.inference.protocol import PauseMode, UpdateMode
 from rollouts.inference.random_numbers import stream_start

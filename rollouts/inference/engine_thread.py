@@ -59,6 +59,7 @@ class EngineThread:
         self._rows = rows
         self._cache = cache
         self._device = cache.keys[0].device
+        self._step_device = torch.device("cpu") if forward.on_host else self._device
         self._library = native_library() if native and self._device.type == "cpu" else None
         self._batch_of = b""  # the rows that the next two speak of
         self._batch_params: BatchParams = None  # type: ignore[assignment]
@@ -216,7 +217,7 @@ class EngineThread:
         plan = self.scheduler.plan(admit_new=not self.updates)
         if plan is None:
             return
-        step = make_step(plan, self._rows, self._cache, self._device, self._forward.needs_reads)
+        step = make_step(plan, self._rows, self._cache, self._step_device, self._forward.needs_reads)
         logits = self._forward(step, self._cache)
         count = len(plan.sampling)
         for scored, (row, start, end) in plan.scored:

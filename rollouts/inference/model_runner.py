@@ -23,17 +23,18 @@ from rollouts.errors import UserError
 from rollouts.inference.adapters import merged_layers
 from rollouts.inference.attention import Step, paged_attention
 from rollouts.inference.kv_cache import KVCache
-from rollouts.inference.native import native_library
 
-# Architectures whose layers are exactly: norm, attention with rotary positions, norm, gated feed-forward.
-_STRUCTURED = ("llama", "mistral", "qwen2", "qwen3")
 _PAGED_ATTENTION = "rollouts_paged"
 
 
 class Forward(Protocol):
-    """A forward pass over the cache. ``needs_reads``: whether it wants ``step.reads``."""
+    """A forward pass over the cache.
+
+    ``needs_reads``: whether it wants ``step.reads``. ``on_host``: whether it wants the step in the host's memory.
+    """
 
     needs_reads: bool
+    on_host: bool
 
     def __call__(self, step: Step, cache: KVCache) -> torch.Tensor:
         """Logits [B, V] of ``step.outputs``."""
@@ -67,28 +68,11 @@ class ModelShape:
         )
 
 
-def make_forward(model: Any, max_length: int, native: bool = True) -> Forward:
-    """The fastest forward pass that fits the model; ``native=False`` keeps to torch operators.
-
-    Raises:
-        UserError: the model's rotary positions depend on the length of the sequence.
-    """
-    rope_type = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope_type in ("dynamic", "longrope"):
-        raise UserError(f"the engine cannot serve rope type {rope_type!r}: its frequencies change with the length")
-    if model.config.model_type in _STRUCTURED:
-        structured = StructuredForward(model, max_length)
-        if native and structured.fits_native() and (library := native_library()) is not None:
-            return NativeForward(structured, library)
-        return structured
-    return GenericForward(model)
-
-
 class StructuredForward:
     """Llama, Mistral, Qwen2 and Qwen3. Adapted layers (LoRA) are merged at each refresh; linear layers of other kinds
     are called as modules."""
 
-    needs_reads = True
+    needs_reads, on_host = True, False
 
     def __init__(self, model: Any, max_length: int) -> None:
         base = model.model
@@ -203,7 +187,7 @@ class NativeForward:
     prompts: it is several times as fast there, and its last bits may depend on the chunk.
     """
 
-    needs_reads = False
+    needs_reads, on_host = False, True
 
     def __init__(self, structured: StructuredForward, library: ctypes.CDLL) -> None:
         config = structured.config
@@ -314,7 +298,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 class GenericForward:
     """Any transformers causal model that takes its attention from transformers' attention interface."""
 
-    needs_reads = True
+    needs_reads, on_host = True, False
 
     def __init__(self, model: Any) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface

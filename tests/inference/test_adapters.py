@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from rollouts.errors import UserError
 from rollouts.inference import Completion, EmbeddedEngine, SamplingParams
-from rollouts.inference.model_runner import NativeForward, make_forward
+from rollouts.inference.forward import make_forward
+from rollouts.inference.model_runner import NativeForward
 from rollouts.inference.native import native_library
 
 PROMPT = random_prompt(40)

@@ -11,8 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from rollouts.inference import native
+from rollouts.inference.forward import make_forward
 from rollouts.inference.kv_cache import KVCache
-from rollouts.inference.model_runner import ModelShape, NativeForward, StructuredForward, make_forward
+from rollouts.inference.model_runner import ModelShape, NativeForward, StructuredForward
 from rollouts.inference.scheduler import Plan
 from rollouts.inference.sequences import Rows
 from rollouts.inference.step_inputs import make_step
