@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from rollouts.models.products import product
 from rollouts.training.softmax_rows import RowColumns, softmax_rows_
 
 # Logits of one chunk, in elements: 4 Mi bfloat16 values are 8 MB.
@@ -108,6 +109,12 @@ def _chunk_rows(vocab_size: int) -> int:
     return max(64, CHUNK_ELEMENTS // vocab_size)
 
 
+def project(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Logits [n, V] of hidden states [n, D]; no gradient flows through it."""
+    logits = product(hidden, weight.T)
+    return logits if bias is None else logits.add_(bias)
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Output projection (when there is a weight) and cross-entropy in one, a chunk of rows at a time.
 
@@ -129,14 +136,14 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, len(rows), step):
             chunk = slice(start, start + step)
             inputs = source.index_select(0, rows[chunk])
-            logits = inputs if weight is None else F.linear(inputs, weight, bias)
+            logits = inputs if weight is None else project(inputs, weight, bias)
             columns = RowColumns(log_probs[chunk], highest[chunk])
             gradient: Any = softmax_rows_(logits, targets[chunk], 1.0, need_grad, columns)
             if grad_source is not None:
-                narrow = gradient if weight is None else gradient @ weight
+                narrow = gradient if weight is None else product(gradient, weight)
                 grad_source.index_copy_(0, rows[chunk], narrow.mul_(row_weights[chunk]))
             if grad_weight is not None:
-                grad_weight += gradient.T @ inputs.mul_(row_weights[chunk])
+                grad_weight += product(gradient.T, inputs.mul_(row_weights[chunk]))
             if grad_bias is not None:
                 grad_bias += weights[chunk] @ gradient.float()
         ctx.save_for_backward(grad_source, grad_weight, grad_bias)

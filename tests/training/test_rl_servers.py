@@ -162,7 +162,7 @@ def test_a_run_outlives_a_server_and_takes_it_back(
     (first, _), (second, pid) = servers
     (tmp_path / "doomed").write_text(f"{pid} {second}")
     (tmp_path / "command").write_text("\n".join(command))
-    engine = {"kind": "rollouts", "url": [first, second], "restart": "functions.py:restart", "timeout_s": 60}
+    engine = {"kind": "rollouts", "url": [first, second], "restart": "functions.py:restart", "timeout_s": 120}
     assert run({**recipe, "engine": engine}, tmp_path) == 0
 
     rows = lines(tmp_path / "run" / "metrics.jsonl")
@@ -239,8 +239,8 @@ def test_what_cannot_be_is_said_in_a_line(
 async def test_a_pool_goes_past_the_dead_and_spreads_over_the_living(
     served: list[Running], tiny_model_dir: Path, anyio_backend: str
 ) -> None:
-    dead = SGLangEngine("http://127.0.0.1:9", timeout=20, max_retries=0)
-    alive = [SGLangEngine(server.url, timeout=20) for server in served]
+    dead = SGLangEngine("http://127.0.0.1:9", timeout=120, max_retries=0)
+    alive = [SGLangEngine(server.url, timeout=120) for server in served]
     params = SamplingParams(max_tokens=4, n=3)
     may_return, restarted = anyio.Event(), list[Any]()
 
@@ -249,7 +249,7 @@ async def test_a_pool_goes_past_the_dead_and_spreads_over_the_living(
         restarted.append(engine)
         return alive[1] if engine is dead else engine
 
-    with anyio.fail_after(120):
+    with anyio.fail_after(240):
         async with WeightSyncManager([dead, alive[0]], restart, restart_delays=[0.0]) as manager:
             pool = EnginePool(manager)
             await manager.sync(tiny_model_dir, 7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -74,7 +75,7 @@ def engines(
     with EmbeddedEngine(make_tiny_model(seed=0, initializer_range=0.2), max_length=1024) as embedded:
         for server in servers:
             server.served.updates.from_folder(str(folders["a"]), 0, True)
-        remote = [SGLangEngine(server.url, "tiny", timeout=20) for server in servers]
+        remote = [SGLangEngine(server.url, "tiny", timeout=120) for server in servers]
         yield [remote[0], embedded, remote[1]]
 
 
@@ -175,28 +176,58 @@ async def test_one_server_by_one_call(servers: list[Running], folders: dict[str,
     assert (await update_sglang_weights_from_disk(servers[0].url, folders["c"], 30)).version == 30
 
 
-async def test_what_is_in_flight(engines: list[Any], models: Models, folders: dict[str, Path]) -> None:
+class Hold:
+    """Stops an engine of this process after some steps; new weights and aborts still come in."""
+
+    def __init__(self, engine: EmbeddedEngine, steps: int) -> None:
+        self.reached, self._go, self._left = threading.Event(), threading.Event(), steps
+        self._thread, self._step = engine._thread, engine._thread._step
+        self._thread._step = self._held  # type: ignore[method-assign]
+
+    def _held(self) -> None:
+        if self._left == 0 and not self._go.is_set():
+            self.reached.set()
+            time.sleep(0.001)
+            return
+        self._left -= self._left > 0 and not self._thread.scheduler.idle
+        self._step()
+
+    def release(self) -> None:
+        self._go.set()
+
+
+async def test_what_is_in_flight(
+    engines: list[Any], servers: list[Running], models: Models, folders: dict[str, Path]
+) -> None:
     """drain: whole on the old weights; continue: on both, and the spans tell; abort: cut, with what there is."""
-    long = SamplingParams(max_tokens=900, seed=2, n=16, ignore_eos=True)  # long enough for weights to load meanwhile
-    for engine in engines[:2]:
+    params = SamplingParams(max_tokens=100, seed=2, n=4, ignore_eos=True)
+    for engine, inner in ((engines[0], servers[0].served.engine), (engines[1], engines[1])):
         start = await engine.get_weight_version()
         for i, (mode, folder) in enumerate((("drain", "b"), ("continue", "a"), ("abort", "b"))):
             results: list[Completion] = []
+            hold = Hold(inner, steps=20)
 
             async def generate(engine: Any = engine, results: list[Completion] = results) -> None:
-                results.extend(await engine.generate_group(PROMPT, long))
+                results.extend(await engine.generate_group(PROMPT, params))
 
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(generate)
-                await anyio.sleep(0.05)
-                await engine.update_weights_from_checkpoint(folders[folder], start + i + 1, mode)
+            with anyio.fail_after(120):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(generate)
+                    await anyio.to_thread.run_sync(hold.reached.wait)
+                    if mode == "drain":  # waits for what is in flight
+                        tasks.start_soon(engine.update_weights_from_checkpoint, folders[folder], start + i + 1, mode)
+                        await anyio.sleep(0.01)
+                    else:
+                        await engine.update_weights_from_checkpoint(folders[folder], start + i + 1, mode)
+                    hold.release()
             versions = [(span.version, span.end) for span in results[0].weight_versions]
             if mode == "drain":
-                assert versions == [(start, 900)]
+                assert versions == [(start, 100)]
             elif mode == "continue":
-                assert [version for version, _ in versions] == [start + 1, start + 2] and versions[-1][1] == 900
+                [old, new] = versions
+                assert old[0] == start + 1 and 0 < old[1] <= 20 and new == (start + 2, 100)
             else:
-                assert results[0].stop_reason is StopReason.ABORTED and len(results[0].token_ids) < 900
+                assert results[0].stop_reason is StopReason.ABORTED and 0 < len(results[0].token_ids) <= 20
 
 
 class Fragile:
@@ -236,7 +267,7 @@ async def test_a_failed_engine_is_out_until_it_has_caught_up(
             await allowed.wait()
             return inner[2]  # another one takes its place, with the first weights of all
 
-        with anyio.fail_after(30):
+        with anyio.fail_after(240):
             async with WeightSyncManager([first, second], restart, restart_delays=[0.01] * 5) as manager:  # type: ignore[list-item]
                 assert [r.version for r in await manager.sync(folders["b"])] == [1, 1]
                 assert manager.engines == [first, second]
@@ -276,7 +307,7 @@ async def test_syncs_out_of_memory_wait_for_the_next(
         async def restart(engine: InferenceEngine) -> InferenceEngine:
             return engine
 
-        with anyio.fail_after(30):
+        with anyio.fail_after(240):
             async with WeightSyncManager(inner, restart, restart_delays=[0.01]) as manager:
                 await manager.sync(models["b"])
                 await manager.drop(inner[1])
@@ -303,7 +334,7 @@ def _serve_for_a_while(folder: str, port: Any, tokenizer_folder: str) -> None:
 
     with running(Path(folder), AutoTokenizer.from_pretrained(tokenizer_folder)) as server:
         port.put(server.url)
-        time.sleep(120)
+        time.sleep(600)
 
 
 async def test_a_server_killed_in_a_push_takes_nobody_with_it(
@@ -315,9 +346,9 @@ async def test_a_server_killed_in_a_push_takes_nobody_with_it(
     process = spawn.Process(target=_serve_for_a_while, args=(str(folders["a"]), queue, str(tiny_model_dir)))
     process.start()
     try:
-        url = await anyio.to_thread.run_sync(lambda: queue.get(timeout=60))
-        doomed = SGLangEngine(url, "tiny", timeout=6)
-        with anyio.fail_after(60):
+        url = await anyio.to_thread.run_sync(lambda: queue.get(timeout=300))
+        doomed = SGLangEngine(url, "tiny", timeout=60)
+        with anyio.fail_after(240):
             async with WeightSyncManager([engines[0], doomed, engines[1]]) as manager:
                 assert all(result.ok for result in await manager.sync(models["b"]))
                 process.kill()

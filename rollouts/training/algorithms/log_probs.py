@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from rollouts.training.sft_losses import DeferredLogits
+from rollouts.models.products import product
+from rollouts.training.sft_losses import DeferredLogits, project
 from rollouts.training.softmax_rows import IMPOSSIBLE, RowColumns, row_products, scaled_logits, softmax_rows_
 
 # Logits of one chunk, in elements: 4 Mi bfloat16 values are 8 MB.
@@ -152,7 +152,7 @@ class _TokenStatistics(torch.autograd.Function):
                 continue
             keeps: Any = logits if ctx.general else gradient
             if keep_products:
-                kept.append(keeps @ weight)
+                kept.append(product(keeps, weight))
             else:
                 size = keeps.numel() * keeps.element_size()
                 kept.append(keeps if size <= budget else None)
@@ -198,9 +198,7 @@ class _TokenStatistics(torch.autograd.Function):
                 continue
             if ctx.general:
                 logits = mine if mine is not None else _chunk_logits(source, weight, bias, at)
-                scores = (
-                    scaled_logits(logits, scale).sub_(log_z[chunk, None]).clamp_(min=IMPOSSIBLE)
-                )  # [n, V]
+                scores = scaled_logits(logits, scale).sub_(log_z[chunk, None]).clamp_(min=IMPOSSIBLE)  # [n, V]
                 wide = grad_log_probs.new_zeros(scores.shape) if grad_entropy is None else scores + entropy[chunk, None]
                 if grad_entropy is not None:
                     wide *= -grad_entropy[chunk, None]
@@ -222,11 +220,11 @@ class _TokenStatistics(torch.autograd.Function):
                 grad_source.index_copy_(0, at, gradient if narrow is None else gradient * narrow)
                 continue
             if grad_source is not None:
-                product = gradient @ weight
-                grad_source.index_copy_(0, at, product if narrow is None else product.mul_(narrow))
+                passed = product(gradient, weight)
+                grad_source.index_copy_(0, at, passed if narrow is None else passed.mul_(narrow))
             if grad_weight is not None:
                 inputs = source.index_select(0, at)
-                grad_weight += gradient.T @ (inputs if narrow is None else inputs.mul_(narrow))
+                grad_weight += product(gradient.T, inputs if narrow is None else inputs.mul_(narrow))
             if grad_bias is not None:
                 grad_bias += gradient.sum(0, dtype=torch.float32) if narrow is None else (gradient.T @ narrow)[:, 0]
         dtype = None if weight is None else weight.dtype
@@ -243,7 +241,7 @@ def _chunk_logits(
 ) -> torch.Tensor:
     """Logits [n, V] of some rows of hidden states [T, D], or of logits [T, V] when there is no weight."""
     picked = source.index_select(0, rows)
-    return picked if weight is None else F.linear(picked, weight, bias)
+    return picked if weight is None else project(picked, weight, bias)
 
 
 def _reference(logits: torch.Tensor, scale: float) -> torch.Tensor:

@@ -15,6 +15,7 @@ from rollouts.errors import UserError
 from rollouts.failpoints import failpoint
 from rollouts.models.export import write_model
 from rollouts.models.load import cast_parameters
+from rollouts.models.products import use_fast_products
 from rollouts.training.backends.loss_model import LossModel
 from rollouts.training.backends.master_weights import MasterWeights
 from rollouts.training.backends.optimizers import (
@@ -107,6 +108,7 @@ class PyTorchTrainingBackend:
         self._poison: str | None = None
 
         self._loss_model = LossModel(model)
+        use_fast_products(model)
         if activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if compile:
