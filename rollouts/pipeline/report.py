@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import rollouts
 from rollouts.pipeline.report_page import MODELS, SCORES_NOTE, render_page
-from rollouts.pipeline.stages import SpeedrunConfig
 from rollouts.pipeline.tasks import FAMILIES
 from rollouts.progress import format_duration
 from rollouts.training.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from rollouts.pipeline.stages import SpeedrunConfig
 
 Report = dict[str, Any]
 
@@ -40,11 +43,7 @@ def write_report(run_dir: Path, config: SpeedrunConfig, records: Sequence[dict[s
         },
         "samples": json.loads((run_dir / "evaluation" / "samples.json").read_text(encoding="utf-8")),
         "machine": describe_machine(),
-        "versions": {
-            "rollouts": rollouts.__version__,
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers", "tokenizers")},
-        },
+        "versions": describe_software(),
         "config": asdict(config),
     }
     texts = {
@@ -52,20 +51,33 @@ def write_report(run_dir: Path, config: SpeedrunConfig, records: Sequence[dict[s
         "report.md": render_markdown(report),
         "report.html": render_page(report),
     }
-    for name, text in texts.items():
-        temporary = run_dir / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(run_dir / name)
+    write_texts(run_dir, texts)
     return report
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files by name, each whole or not at all."""
+    for name, text in texts.items():
+        temporary = folder / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(folder / name)
 
 
 def curves(metrics: Path, name: str) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of a metric at every training step, and at every validation."""
     rows = read_metrics(metrics)
-    return {
-        "train": [(row["step"], row[name]) for row in rows if row.get(name) is not None],
-        "validation": [(row["step"], row[f"val_{name}"]) for row in rows if row.get(f"val_{name}") is not None],
-    }
+    return {"train": curve(rows, name), "validation": curve(rows, f"val_{name}")}
+
+
+def curve(rows: Iterable[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric at the steps where it is a number."""
+    points = ((row["step"], row.get(name)) for row in rows)
+    return [(step, value) for step, value in points if value is not None and math.isfinite(value)]
+
+
+def describe_software() -> dict[str, str]:
+    packages = {package: version(package) for package in ("torch", "transformers", "tokenizers")}
+    return {"rollouts": rollouts.__version__, "python": platform.python_version(), **packages}
 
 
 def describe_machine() -> dict[str, str]:

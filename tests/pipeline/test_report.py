@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rollouts.pipeline.charts import nice_step, running_mean
 from rollouts.pipeline.evaluation import summarize, wilson_interval
 from rollouts.pipeline.report import render_markdown
-from rollouts.pipeline.report_page import nice_step, render_page, running_mean
+from rollouts.pipeline.report_page import render_page
+from rollouts.pipeline.run_report import write_run_report
 from rollouts.pipeline.tasks import FAMILIES
+from rollouts.recipes.load import load_recipe
 
 VOID = {"meta"}  # SVG elements without content close themselves
 
@@ -116,7 +121,11 @@ HOSTILE = "<script>alert(1)</script>\n<img src=x onerror=alert(1)>\n\n\n|`*_\\ \
 
 @pytest.mark.parametrize("reply", ["The answer is 19.", "", HOSTILE])
 def test_page_is_well_formed_and_needs_nothing_else(reply: str) -> None:
-    page = render_page(make_report(reply))
+    check_page(render_page(make_report(reply)))
+
+
+def check_page(page: str) -> None:
+    """A page is well-formed and needs nothing else."""
     checker = Checker()
     checker.feed(page)
     assert checker.open == []
@@ -143,6 +152,34 @@ def test_markdown_tables_keep_their_columns_whatever_is_said() -> None:
         lines = table.strip().split("\n")
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1, table
     assert "<script>" not in text.replace("\\<", "")
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_a_run_leaves_its_figures_as_json_markdown_and_a_page(tmp_path: Path, logged: bool) -> None:
+    values = {
+        "model": "org/model", "reward": "gsm8k", "data.train": HOSTILE.split("\n")[0] + ".jsonl", "algorithm": "rloo",
+        "loggers": "[jsonl]" if logged else "[]", "run_dir": str(tmp_path / "a&b"),
+    }  # fmt: skip
+    recipe = load_recipe("rl", None, values)
+    rows = [{"step": i, "reward_mean": i - 3.0, "lr": 1e-7, "grad_norm": math.nan, "tag": "x"} for i in range(1, 6)]
+    rows[-1]["eval_reward"] = -2.5
+    (tmp_path / "a&b").mkdir()
+    if logged:
+        (tmp_path / "a&b" / "metrics.jsonl").write_text(
+            "".join(json.dumps(row | {"grad_norm": None}) + "\n" for row in rows)
+        )
+    write_run_report(recipe, rows[-1:] if logged else rows)
+
+    report = json.loads((tmp_path / "a&b" / "report.json").read_text())
+    assert (report["kind"], report["algorithm"], report["steps"]) == ("rl", "rloo", 5)
+    assert report["metrics"]["reward_mean"] == {"count": 5, "first": -2, "last": 2, "min": -2, "max": 2, "mean": 0}
+    assert "| reward\\_mean | -2 | 2 | -2 | 2 | 0 |" in (tmp_path / "a&b" / "report.md").read_text()
+    page = (tmp_path / "a&b" / "report.html").read_text()
+    check_page(page)
+    assert page.count("<svg") == 2  # reward and learning rate: the others are no numbers
+    assert "a&amp;b: rl (rloo), 5 steps" in page and "validation reward_mean -2.5 after 5 steps" in page
+    heights = [float(y) for y in re.findall(r'cy="([^"]*)"', page)]
+    assert heights and all(0 <= y <= 240 for y in heights)  # below zero, and still in the picture
 
 
 @given(st.floats(1e-6, 1e9))
