@@ -194,6 +194,7 @@ class Hold:
 
     def release(self) -> None:
         self._go.set()
+        self._thread._step = self._step  # type: ignore[method-assign]
 
 
 async def test_what_is_in_flight(
@@ -213,7 +214,7 @@ async def test_what_is_in_flight(
             with anyio.fail_after(120):
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(generate)
-                    await anyio.to_thread.run_sync(hold.reached.wait)
+                    assert await anyio.to_thread.run_sync(hold.reached.wait, 120)
                     if mode == "drain":  # waits for what is in flight
                         tasks.start_soon(engine.update_weights_from_checkpoint, folders[folder], start + i + 1, mode)
                         await anyio.sleep(0.01)
