@@ -135,13 +135,13 @@ def _completion(
 
 def split_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
     """The content and the calls of a whole text; what stands where a call should and is none becomes an error."""
-    from rollouts.serving.tool_calls import ToolCallSplitter
+    from rollouts.serving.tool_calls import ToolCallSplitter, whole_calls
 
     splitter = ToolCallSplitter()
     content, found = splitter.push(text)
     rest, last = splitter.finish()
     content += rest
-    calls = [ToolCall.parse(call.id, call.name, call.arguments) for call in (*found, *last)]
+    calls = [ToolCall.parse(call.id, call.name, call.arguments) for call in whole_calls([*found, *last])]
     for i, broken in enumerate(BROKEN_CALL.findall(content)):
         reason = 'a tool call is {"name": ..., "arguments": {...}} in valid JSON'
         calls.append(ToolCall(f"call_broken_{i}", "", {}, broken.strip(), reason))

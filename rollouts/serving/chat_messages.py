@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from rollouts.serving.errors import RequestError
@@ -23,7 +24,7 @@ def template_messages(request: ChatRequest) -> list[dict[str, Any]]:
     """Messages with text as one string and tool arguments as objects, which every family's template can render.
 
     Raises:
-        RequestError: a tool call's arguments are not a JSON object, or a message that needs content has none.
+        RequestError: a message that needs content has none.
     """
     return [_message(message, f"messages.{i}") for i, message in enumerate(request.messages)]
 
@@ -35,21 +36,20 @@ def _message(message: Message, where: str) -> dict[str, Any]:
     text = "".join(part.text for part in content) if isinstance(content, list) else content or ""
     rendered: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": text}
     if message.tool_calls:
-        rendered["tool_calls"] = [_call(call, f"{where}.tool_calls.{i}") for i, call in enumerate(message.tool_calls)]
+        rendered["tool_calls"] = [_call(call) for call in message.tool_calls]
     for field in ("name", "tool_call_id", "reasoning_content"):
         if getattr(message, field) is not None:
             rendered[field] = getattr(message, field)
     return rendered
 
 
-def _call(call: MessageToolCall, where: str) -> dict[str, Any]:
-    param = f"{where}.function.arguments"
-    try:
-        arguments = parse_json(call.function.arguments.encode())
-    except RequestError as error:
-        raise RequestError(f"{param}: {error.message.replace('the body', 'the text')}", param) from error
+def _call(call: MessageToolCall) -> dict[str, Any]:
+    """With its arguments as an object, or as they stand if they are none: models write such, or are cut short."""
+    arguments: Any = call.function.arguments
+    with suppress(RequestError):
+        arguments = parse_json(arguments.encode())
     if not isinstance(arguments, dict):
-        raise RequestError(f"{param}: arguments are a JSON object, as text", param)
+        arguments = call.function.arguments
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rollouts.serving.reasoning import ReasoningSplitter
-from rollouts.serving.tool_calls import ToolCall, ToolCallSplitter
+from rollouts.serving.tool_calls import CallPart, ToolCallSplitter
 
 
 @dataclass
@@ -14,7 +14,7 @@ class MessagePart:
 
     reasoning: str = ""
     content: str = ""
-    calls: list[ToolCall] = field(default_factory=list)
+    calls: list[CallPart] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,6 @@ class MessageReader:
     def __init__(self, form: MessageForm) -> None:
         self._reasoning = ReasoningSplitter(form.opened) if form.reasoning else None
         self._tools = ToolCallSplitter() if form.tools else None
-
-    @property
-    def num_calls(self) -> int:
-        return 0 if self._tools is None else self._tools.num_calls
 
     def push(self, text: str, last: bool = False) -> MessagePart:
         """What is certain now; of the ``last`` piece of text all that is left."""

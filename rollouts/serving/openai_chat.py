@@ -105,7 +105,7 @@ def _choice(served: ServedModel, request: ChatRequest, form: MessageForm, comple
     if part.reasoning:
         message["reasoning_content"] = part.reasoning
     if part.calls:
-        message["tool_calls"] = [call.to_openai() for call in part.calls]
+        message["tool_calls"] = [call.to_openai() for call in tool_calls.whole_calls(part.calls)]
     choice: dict[str, Any] = {
         "index": completion.sample_index,
         "message": message,
@@ -131,22 +131,18 @@ class _Choice:
             served.token_names, prepared.job.params.stop, skip_special=request.skip_special_tokens is not False
         )
         self._reader = MessageReader(prepared.form)
-        self.num_calls = 0
+        self.called = False
 
-    def push(self, chunk: CompletionChunk) -> dict[str, Any]:
-        """The delta that a chunk makes."""
+    def push(self, chunk: CompletionChunk) -> list[dict[str, Any]]:
+        """The deltas that a chunk makes: what it says or thinks, then the parts of calls, one each."""
         completion = chunk.completion
         text = self._text.push(chunk.token_ids) if completion is None else self._text.finish(completion)
         part = self._reader.push(text, last=completion is not None)
         delta: dict[str, Any] = {"content": part.content} if part.content else {}
         if part.reasoning:
             delta["reasoning_content"] = part.reasoning
-        if part.calls:
-            delta["tool_calls"] = [
-                {"index": self.num_calls + i, **call.to_openai()} for i, call in enumerate(part.calls)
-            ]
-            self.num_calls += len(part.calls)
-        return delta
+        self.called = self.called or bool(part.calls)
+        return ([delta] if delta else []) + [{"tool_calls": [call.to_openai()]} for call in part.calls]
 
 
 async def events(
@@ -163,11 +159,14 @@ async def events(
         ids = {"prompt_token_ids": job.prompt_ids} if request.return_token_ids and i == 0 else {}
         yield {**head, "choices": [opening], **ids, **tail}
     async for chunk in stream(served, metrics, job):
-        completion = chunk.completion
-        delta = choices[chunk.sample_index].push(chunk)
-        choice: dict[str, Any] = {
-            "index": chunk.sample_index,
-            "delta": delta,
+        i, completion = chunk.sample_index, chunk.completion
+        *deltas, last = choices[i].push(chunk) or [{}]
+        for delta in deltas:
+            choice = {"index": i, "delta": delta, "finish_reason": None, "logprobs": None}
+            yield {**head, "choices": [choice], **tail}
+        choice = {
+            "index": i,
+            "delta": last,
             "finish_reason": None,
             "logprobs": chat_log_probs(served.token_names, chunk) if request.logprobs and chunk.token_ids else None,
         }
@@ -175,9 +174,9 @@ async def events(
             choice["token_ids"] = chunk.token_ids
         if completion is not None:
             finals.append(completion)
-            choice["finish_reason"] = _finish_reason(completion, choices[chunk.sample_index].num_calls > 0)
+            choice["finish_reason"] = _finish_reason(completion, choices[i].called)
             choice["stop_reason"] = completion.stop_match
-        if delta or completion is not None or request.logprobs or request.return_token_ids:
+        if last or completion is not None or request.logprobs or request.return_token_ids:
             yield {**head, "choices": [choice], **tail}
     if request.include_usage:
         yield {**head, "choices": [], "usage": usage([job], [finals])}

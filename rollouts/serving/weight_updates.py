@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from rollouts.serving.served_model import ServedModel
 
 
+PICKLE = b"\x80"  # how pickles begin, such as those of SGLang's own clients
+
+
 class WeightUpdates:
     """State of the updates of one served model. Everything blocks, and raises UserError where it cannot be done."""
 
@@ -49,12 +52,17 @@ class WeightUpdates:
 
         weights: dict[str, torch.Tensor] = {}
         for i, text in enumerate(texts):
+            field, content = f"serialized_named_tensors.{i}", b""
             try:
-                weights |= load(base64.b64decode(text, validate=True))
+                content = base64.b64decode(text, validate=True)
+                weights |= load(content)
             except (ValueError, SafetensorError) as error:
-                raise UserError(
-                    f"serialized_named_tensors.{i} is not a safetensors file in base64 (pickles are not read): {error}"
-                ) from error
+                if content.startswith(PICKLE):
+                    raise UserError(
+                        f"{field} is a pickle, which is never read, as it could run any code here; send the tensors "
+                        "as a safetensors file in base64"
+                    ) from error
+                raise UserError(f"{field} is not a safetensors file in base64: {error}") from error
         check_shapes(self._served.engine.model, {name: tensor.shape for name, tensor in weights.items()})
         return self._take(weights, version, abort)
 

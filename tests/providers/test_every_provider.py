@@ -275,6 +275,8 @@ async def test_tool_calls(calling: Endpoint) -> None:
 
 async def test_a_broken_call_of_an_embedded_model_is_an_error() -> None:
     text, calls = split_calls('Oh.\n<tool_call>\n{"name": "add", "arguments": {"a": 2\n</tool_call>')
+    assert text == "Oh." and (calls[0].name, calls[0].raw) == ("add", '{"a": 2') and calls[0].error
+    text, calls = split_calls('Oh.\n<tool_call>\n{"name": "add" "arguments": {"a": 2}}\n</tool_call>')
     assert text == "Oh." and calls[0].error and calls[0].raw.startswith('{"name"')
     assert split_calls("No call at all.") == ("No call at all.", ())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -182,11 +183,75 @@ def test_a_sampled_tool_call_is_told_apart(calling_server: Any, stream: bool) ->
     else:
         chunks = [choice for chunk in answer for choice in chunk.choices]
         content = "".join(choice.delta.content or "" for choice in chunks)
-        calls = [call for choice in chunks for call in choice.delta.tool_calls or []]
+        calls = joined_calls(chunks)
         reason = chunks[-1].finish_reason
     assert content == "Let me see."
     assert [(call.function.name, call.function.arguments) for call in calls] == [("add", '{"a": 2}')]
     assert reason == "tool_calls"
+
+
+def joined_calls(chunks: list[Any]) -> list[Any]:
+    """The calls of a stream: each begins with its id and name and no arguments, which come after it in pieces."""
+    calls: list[Any] = []
+    for part in (part for chunk in chunks for part in chunk.delta.tool_calls or []):
+        if part.index == len(calls):
+            assert part.id and part.type == "function" and part.function.name and part.function.arguments == ""
+            calls.append(part)
+        else:
+            assert part.index == len(calls) - 1 and part.id is part.function.name is None
+            assert part.function.arguments
+            calls[-1].function.arguments += part.function.arguments
+    return calls
+
+
+def test_arguments_are_streamed_while_they_are_sampled(calling_server: Any) -> None:
+    """The engine stands still amid them: what has been sampled so far has come, and the rest comes when it goes on."""
+    engine = calling_server.served.engine
+    before = engine.num_sampled_tokens
+    count = len(calling_server.served.tokenizer.encode(CALLING[: CALLING.index("2") + 1]))
+    with calling_server.held(lambda: engine.num_sampled_tokens - before >= count) as reached:
+        chunks = []
+        stream = calling_server.openai.chat.completions.create(
+            model="tiny", messages=MESSAGES, tools=TOOLS, temperature=0, stream=True
+        )
+        for chunk in stream:
+            chunks += chunk.choices
+            if (calls := joined_calls([*map(copy.deepcopy, chunks)])) and "2" in calls[0].function.arguments:
+                break
+        assert reached.wait(60) and chunks[-1].finish_reason is None
+    chunks += [choice for chunk in stream for choice in chunk.choices]
+    (call,) = joined_calls(chunks)
+    assert (call.function.name, call.function.arguments) == ("add", '{"a": 2}')
+    assert chunks[-1].finish_reason == "tool_calls"
+
+
+def test_the_clients_own_accumulation(calling_server: Any) -> None:
+    with calling_server.openai.chat.completions.stream(
+        model="tiny", messages=MESSAGES, tools=TOOLS, temperature=0
+    ) as events:
+        kinds = [event.type for event in events]
+        message = events.get_final_completion().choices[0].message
+    assert kinds.count("tool_calls.function.arguments.delta") > 1
+    assert kinds.count("tool_calls.function.arguments.done") == 1
+    (call,) = message.tool_calls
+    assert (message.content, call.function.name, call.function.arguments) == ("Let me see.", "add", '{"a": 2}')
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_the_limit_cuts(calling_server: Any, stream: bool) -> None:
+    """It keeps the arguments that it has; and a conversation with such a call goes on."""
+    tokens = calling_server.served.tokenizer.encode(CALLING[: CALLING.index(": 2}")])
+    arguments: Any = {"model": "tiny", "messages": MESSAGES, "tools": TOOLS, "temperature": 0}
+    answer = calling_server.openai.chat.completions.create(**arguments, max_tokens=len(tokens), stream=stream)
+    if stream:
+        chunks = [choice for chunk in answer for choice in chunk.choices]
+        (call,), reason = joined_calls(chunks), chunks[-1].finish_reason
+    else:
+        (call,), reason = answer.choices[0].message.tool_calls, answer.choices[0].finish_reason
+    assert (call.function.name, call.function.arguments, reason) == ("add", '{"a"', "length")
+    said = {"role": "assistant", "tool_calls": [{"id": call.id, "type": "function", "function": call.function}]}
+    arguments["messages"] = [*MESSAGES, said, {"role": "tool", "tool_call_id": call.id, "content": "no JSON"}]
+    assert calling_server.openai.chat.completions.create(**arguments, max_tokens=1).choices
 
 
 BAD_SCHEMA = {"properties": {"a": {"type": "no such type"}}}

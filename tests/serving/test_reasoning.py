@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rollouts.serving.message_reader import MessageForm, MessageReader, read_message
 from rollouts.serving.reasoning import ReasoningSplitter
+from rollouts.serving.tool_calls import whole_calls
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 
@@ -50,12 +51,13 @@ def test_a_message_has_reasoning_content_and_calls() -> None:
     form = MessageForm(tools=True)
     part = read_message(form, text)
     assert (part.reasoning, part.content) == (f"Call {CALL}?", "I ask.")
-    assert [call.name for call in part.calls] == ["f"]
+    assert [call.name for call in whole_calls(part.calls)] == ["f"]
     reader = MessageReader(form)
     pieces = [reader.push(char) for char in text] + [reader.push("", last=True)]
     assert "".join(piece.reasoning for piece in pieces) == part.reasoning
     assert "".join(piece.content for piece in pieces) == part.content
-    assert [call.name for piece in pieces for call in piece.calls] == ["f"]
+    (call,) = whole_calls(call for piece in pieces for call in piece.calls)
+    assert (call.name, call.arguments) == ("f", "{}")
     plain = read_message(MessageForm(reasoning=False), "<think>a</think>b")
     assert (plain.reasoning, plain.content) == ("", "<think>a</think>b")
 

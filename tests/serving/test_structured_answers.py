@@ -102,8 +102,9 @@ def test_forced_tools_are_called(server: Any, choice: Any, stream: bool) -> None
         if stream:
             pieces = [c for chunk in answer for c in chunk.choices]
             assert not any(piece.delta.content for piece in pieces)
-            (call,) = [call for piece in pieces for call in piece.delta.tool_calls or []]
-            assert call.index == 0 and call.id
+            call, *parts = [call for piece in pieces for call in piece.delta.tool_calls or []]
+            assert call.id and {part.index for part in (call, *parts)} == {0}
+            call.function.arguments += "".join(part.function.arguments for part in parts)
             reason = pieces[-1].finish_reason
         else:
             assert not answer.choices[0].message.content
@@ -136,7 +137,7 @@ def test_an_answer_of_a_given_form_may_be_a_call_instead(server: Any) -> None:
     kinds = set()
     for choice in ask(server, n=64, temperature=3, parallel_tool_calls=False, **arguments).choices:
         if choice.message.tool_calls:
-            assert choice.message.tool_calls[0].function.arguments == "{}"
+            assert json.loads(choice.message.tool_calls[0].function.arguments) == {}
         else:
             assert choice.message.content == "1"
         kinds.add(choice.finish_reason)

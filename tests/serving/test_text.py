@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rollouts.inference import Completion, StopReason
 from rollouts.serving.text import TextStream, TokenNames, completion_text, overlap
-from rollouts.serving.tool_calls import ToolCallSplitter
+from rollouts.serving.tool_calls import ToolCallSplitter, whole_calls
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": "ü \\" <tool_call>"}}\n</tool_call>'
 
@@ -66,15 +65,23 @@ def test_overlap() -> None:
     assert [overlap(text, "<tool>") for text in ("a <to", "a <tool> b", "ab", "<", "", "<<")] == [3, 8, 0, 1, 0, 1]
 
 
-def split(pieces: list[str]) -> tuple[str, list[tuple[str, Any]]]:
+def split(pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
     splitter = ToolCallSplitter()
-    content, calls = "", []
+    content, parts = "", []
     for text, found in [*map(splitter.push, pieces), splitter.finish()]:
-        content, calls = content + text, calls + found
-    return content, [(call.name, json.loads(call.arguments)) for call in calls]
+        content, parts = content + text, parts + found
+    calls = whole_calls(parts)
+    assert [part.index for part in parts if part.name is not None] == [*range(len(calls))]
+    assert len({call.id for call in calls}) == len(calls) == splitter.num_calls
+    return content, [(call.name, call.arguments) for call in calls]
 
 
-ONE = ("f", {"x": 'ü " <tool_call>'})
+ARGUMENTS = '{"x": "ü \\" <tool_call>"}'
+ONE = ("f", ARGUMENTS)
+
+
+def called(arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "f", "arguments": {arguments}'
 
 
 @pytest.mark.parametrize(
@@ -83,14 +90,27 @@ ONE = ("f", {"x": 'ü " <tool_call>'})
         ("just text\n", ("just text\n", [])),
         (CALL, ("", [ONE])),
         (f"I think.\n{CALL}\n{CALL}\n", ("I think.", [ONE, ONE])),
+        (f"{CALL}\n then {CALL}", ("then", [ONE, ONE])),
         (CALL.removesuffix("\n</tool_call>"), ("", [ONE])),
-        ("<tool_call>not json</tool_call> then", ("<tool_call>not json</tool_call> then", [])),
-        ('<tool_call>{"name": 5}</tool_call>', ('<tool_call>{"name": 5}</tool_call>', [])),
+        (called('{"x": [{}, "]}"], "y": {"z": 1}}} \n'), ("", [("f", '{"x": [{}, "]}"], "y": {"z": 1}}')])),
+        (called(' {"a":1 , "b" : 2 } , "id": 3}</tool_call>!'), ("!", [("f", '{"a":1 , "b" : 2 }')])),
+        # Cut short, or no JSON: the arguments are what is there.
+        (called('{"x": "a b'), ("", [("f", '{"x": "a b')])),
+        (called('{"x": 1 \n</tool_call> so'), ("so", [("f", '{"x": 1')])),
+        (called('{"x": "y</tool_call> so'), ("so", [("f", '{"x": "y')])),
+        (called('{"x": NaN}}</tool_call>'), ("", [("f", '{"x": NaN}')])),
+        # In another order, or without arguments.
+        ('<tool_call>{"arguments":{"x":1},"name":"f"}</tool_call>', ("", [("f", '{"x": 1}')])),
+        ('<tool_call>{"name": "g"}</tool_call>', ("", [("g", "{}")])),
+        ('<tool_call>{"name": "\\u00fc\\n", "arguments": {}}</tool_call>', ("", [("ü\n", "{}")])),
+        # No calls at all.
+        ("<tool_call>not json</tool_call> then", None),
+        ('<tool_call>{"name": 5}</tool_call>', None),
+        ('<tool_call>{"name": 5, "arguments": {}}</tool_call>', None),
         ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', None),
-        ('<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>', None),
-        ("a <tool_call> b", ("a <tool_call> b", [])),
-        ('<tool_call>{"name": "g"}</tool_call>', ("", [("g", {})])),
-        ("a < b and <tool", ("a < b and <tool", [])),
+        ('<tool_call>{"name": "f", "arguments"', None),
+        ("a <tool_call> b", None),
+        ("a < b and <tool", None),
     ],
 )
 @given(cuts=st.lists(st.integers(0, 200), max_size=12))
@@ -98,3 +118,16 @@ def test_tool_calls_wherever_the_pieces_end(text: str, expected: Any, cuts: list
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
     assert split(pieces) == (expected or (text, []))
+
+
+def test_arguments_come_as_they_are_written() -> None:
+    """All that is certain, and nothing more: a closing tag may be on its way."""
+    splitter = ToolCallSplitter()
+    assert splitter.push('So. <tool_call>{"name": "f", "arguments": ')[1] == []
+    given = [splitter.push(text)[1] for text in ("{", '"a"', ": ", '"1', "] <", "/tool", '"}', "}", "</tool_call>")]
+    head, first = given[0]
+    assert (head.index, head.name, head.arguments, bool(head.id)) == (0, "f", "", True)
+    assert (first.index, first.name, first.arguments) == (0, None, "{")
+    assert [[part.arguments for part in parts] for parts in given[1:]] == [
+        ['"a"'], [":"], [' "1'], ["]"], [], [' </tool"}'], [], []
+    ]  # fmt: skip

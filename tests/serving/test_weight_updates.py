@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +158,16 @@ def test_a_text_in_flight_may_be_aborted_by_an_update(server: Any, weights: Any)
         assert answer.result(60).json()["meta_info"]["finish_reason"]["type"] == "abort"
 
 
+def as_pickle() -> str:
+    """As SGLang's own clients send tensors."""
+    buffer = io.BytesIO()
+    ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL).dump([("model.norm.weight", torch.zeros(64).numpy())])
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
 BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("/update_weights_from_tensor", {"serialized_named_tensors": ["gASV"]}, "safetensors"),
+    ("/update_weights_from_tensor", {"serialized_named_tensors": ["AAAA"]}, "not a safetensors file"),
+    ("/update_weights_from_tensor", {"serialized_named_tensors": [as_pickle()]}, "pickle"),
     ("/update_weights_from_tensor", {"serialized_named_tensors": ["?"]}, "base64"),
     ("/update_weights_from_tensor", {"serialized_named_tensors": []}, "serialized_named_tensors"),
     ("/update_weights_from_distributed", {"names": ["x"], "dtypes": ["float32"], "shapes": [[1]]}, "'x'"),
