@@ -22,6 +22,8 @@ import torch
 # torch's own copy of the OpenMP runtime: a second one would bring threads of its own that fight for the cores.
 OPENMP = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
 
+HEADERS = Path(__file__).parent  # which every source may include from: vectors.h
+
 _FLAGS = "-O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp -fPIC -std=c++20 -Wno-psabi"
 
 
@@ -48,14 +50,15 @@ def _compiled(source: Path, compiler: str) -> Path:
     target = subprocess.run(
         [compiler, "-march=native", "-Q", "--help=target"], capture_output=True, text=True, check=True
     ).stdout
-    key = hashlib.sha256("\0".join((source.read_text(), _FLAGS, compiler, target, str(OPENMP))).encode()).hexdigest()
+    texts = [path.read_text() for path in (source, *sorted(HEADERS.glob("*.h")))]
+    key = hashlib.sha256("\0".join((*texts, _FLAGS, compiler, target, str(OPENMP))).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rollouts" / "native"
     library = folder / f"{source.stem}-{key[:16]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             # Compiled and linked apart: linking with -fopenmp would add the compiler's own runtime.
-            compile_ = [compiler, *_FLAGS.split(), "-c", str(source), "-o", f"{scratch}/code.o"]
+            compile_ = [compiler, *_FLAGS.split(), f"-I{HEADERS}", "-c", str(source), "-o", f"{scratch}/code.o"]
             link = [compiler, "-shared", f"{scratch}/code.o", str(OPENMP), "-o", f"{scratch}/code.so"]
             for command in (compile_, link):
                 subprocess.run(command, capture_output=True, text=True, check=True)

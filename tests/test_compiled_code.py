@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(native_library(ATTENTION) is None, reason="no co
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = tmp_path / "answer.cpp"
-    path.write_text('extern "C" int answer() { return 42; }\n')
+    path.write_text('#include "vectors.h"\nextern "C" int answer() { return (int)sum(splat(2.625f)); }\n')
     return path
 
 

@@ -19,62 +19,9 @@
 #include <immintrin.h>
 #endif
 
+#include "vectors.h"
+
 namespace {
-
-typedef float f16 __attribute__((vector_size(64), aligned(4)));  // sixteen floats
-typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
-typedef uint32_t u16 __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t bf16;
-
-inline f16 splat(float x) { return f16{} + x; }
-inline f16 load(const float* p) { return *(const f16*)p; }
-inline f16 load(const bf16* p) { return (f16)(__builtin_convertvector(*(const h16*)p, u16) << 16); }
-inline float one(const float* p) { return *p; }
-inline float one(const bf16* p) {
-  uint32_t bits = (uint32_t)*p << 16;
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
-inline h16 rounded(f16 x) {  // to bfloat16: to nearest, ties to even
-  u16 bits = (u16)x;
-  return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, h16);
-}
-inline void put(float* p, f16 x) { *(f16*)p = x; }
-inline void put(bf16* p, f16 x) { *(h16*)p = rounded(x); }
-inline void put(float* p, float x) { *p = x; }
-inline void put(bf16* p, float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  *p = (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-inline f16 swap(f16 v, i16 lanes) { return __builtin_shuffle(v, lanes); }
-inline float sum(f16 v) {
-  v += swap(v, i16{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
-  v += swap(v, i16{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
-  v += swap(v, i16{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
-  v += swap(v, i16{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
-  return v[0];
-}
-inline f16 where(i16 mask, f16 a, f16 b) { return (f16)(((i16)a & mask) | ((i16)b & ~mask)); }
-
-// e^x for x <= 88 to 2 ulp: 2^n * e^r with |r| <= ln2/2 and a polynomial for e^r (Cephes expf).
-inline f16 exp16(f16 x) {
-  x = where(x < splat(-87.f), splat(-87.f), x);
-  f16 magic = splat(12582912.f), n = x * 1.44269504f + magic;
-  i16 power = (i16)n << 23;
-  n -= magic;
-  f16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  f16 p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.f;
-  return (f16)((i16)p + power);
-}
 
 // ---- matrix products: y[t, o] = x[t, :] . w[o, :] --------------------------------------------------------------------
 //

@@ -12,42 +12,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "vectors.h"
+
 namespace {
-
-typedef float f16 __attribute__((vector_size(64), aligned(4)));  // sixteen floats
-typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
-
-inline f16 splat(float x) { return f16{} + x; }
-inline f16 load(const float* p) { return *(const f16*)p; }
-inline void store(float* p, f16 x) { *(f16*)p = x; }
-inline f16 where(i16 mask, f16 a, f16 b) { return (f16)(((i16)a & mask) | ((i16)b & ~mask)); }
-inline float sum(f16 v) {
-  float s = 0;
-  for (int i = 0; i < 16; i++) s += v[i];
-  return s;
-}
-inline float highest(f16 v) {
-  float m = v[0];
-  for (int i = 1; i < 16; i++) m = v[i] > m ? v[i] : m;
-  return m;
-}
-
-// e^x for x <= 88 to 2 ulp: 2^n * e^r with |r| <= ln2/2 and a polynomial for e^r (Cephes expf).
-inline f16 exp16(f16 x) {
-  x = where(x < splat(-87.f), splat(-87.f), x);
-  f16 magic = splat(12582912.f), n = x * 1.44269504f + magic;
-  i16 power = (i16)n << 23;
-  n -= magic;
-  f16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  f16 p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.f;
-  return (f16)((i16)p + power);
-}
 
 const f16 LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 const float NEVER = -1e30f;
@@ -92,7 +59,7 @@ inline void products(const float* const* rows, const float* columns, int64_t wid
         b[r] += q * y;
       }
     }
-    for (int r = 0; r < R; r++) store(out + r * width + j, a[r]), store(out + r * width + j + 16, b[r]);
+    for (int r = 0; r < R; r++) put(out + r * width + j, a[r]), put(out + r * width + j + 16, b[r]);
   }
 }
 
@@ -109,7 +76,7 @@ inline void weighted_sums(const float* weights, int64_t width, const Tensor& x, 
     }
   }
   for (int r = 0; r < R; r++)
-    for (int c = 0; c < D / 16; c++) store(out[r] + c * 16, acc[r][c]);
+    for (int c = 0; c < D / 16; c++) put(out[r] + c * 16, acc[r][c]);
 }
 
 // x[j] += sum over r of weights[r, j] * rows[r], for all j < end.
@@ -122,7 +89,7 @@ inline void add_outer(const float* weights, int64_t width, const float* const* r
     for (int c = 0; c < D / 16; c++) {
       f16 sum = load(x + j * D + c * 16);
       for (int r = 0; r < R; r++) sum += splat(weights[r * width + j]) * a[r][c];
-      store(x + j * D + c * 16, sum);
+      put(x + j * D + c * 16, sum);
     }
 }
 
@@ -138,7 +105,7 @@ inline void softmax(float* scores, int64_t width, int64_t first, int64_t count, 
         const f16 x = where(LANES > splat((float)(last - j)), splat(NEVER), load(s + j) * scale);
         most = where(x > most, x, most);
       }
-      const float peak = highest(most);
+      const float peak = highest_of(most);
       f16 total = {};
       for (int64_t j = 0; j <= last; j += 16) {
         const f16 e = exp16(load(s + j) * scale - peak);
@@ -148,8 +115,8 @@ inline void softmax(float* scores, int64_t width, int64_t first, int64_t count, 
     }
     int64_t j = 0;
     for (; j <= last; j += 16)
-      store(s + j, where(LANES > splat((float)(last - j)), splat(0), exp16(load(s + j) * scale - lse[r])));
-    for (; j < end; j += 16) store(s + j, splat(0));
+      put(s + j, where(LANES > splat((float)(last - j)), splat(0), exp16(load(s + j) * scale - lse[r])));
+    for (; j < end; j += 16) put(s + j, splat(0));
   }
 }
 
@@ -220,8 +187,8 @@ void backward(const Task& t, const Tensor& grad, const Tensor& grad_q, const Ten
         for (int64_t j = 0; j < end; j += 16) {
           // A tile's rows past the end repeat its last one: they must add nothing.
           const f16 p = r < count ? load(weights + r * width + j) : f16{};
-          store(weights + r * width + j, p);
-          store(slopes + r * width + j, p * (load(slopes + r * width + j) - delta[r]) * t.scale);
+          put(weights + r * width + j, p);
+          put(slopes + r * width + j, p * (load(slopes + r * width + j) - delta[r]) * t.scale);
         }
       add_outer<R, D>(weights, width, grads, sum_v, end);
       add_outer<R, D>(slopes, width, queries, sum_k, end);
@@ -232,8 +199,8 @@ void backward(const Task& t, const Tensor& grad, const Tensor& grad_q, const Ten
   for (int64_t j = 0; j < s.P; j++)  // the prefix's own gradients are there already: a family's first sequence is first
     for (int64_t c = 0; c < D; c += 16) {
       float *gk = grad_k.at(s.prefix + j, kv_head) + c, *gv = grad_v.at(s.prefix + j, kv_head) + c;
-      store(gk, load(gk) + load(sum_k + j * D + c));
-      store(gv, load(gv) + load(sum_v + j * D + c));
+      put(gk, load(gk) + load(sum_k + j * D + c));
+      put(gv, load(gv) + load(sum_v + j * D + c));
     }
   for (int64_t j = 0; j < L; j++) {
     memcpy(grad_k.at(start + j, kv_head), sum_k + (s.P + j) * D, D * sizeof(float));

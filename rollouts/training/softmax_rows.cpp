@@ -7,53 +7,12 @@
 #include <stdint.h>
 #include <string.h>
 
-namespace {
+#include "vectors.h"
 
-typedef float f16 __attribute__((vector_size(64), aligned(4)));  // sixteen floats
-typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t u16 __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
-typedef uint16_t bf16;
+namespace {
 
 const float IMPOSSIBLE = -1e30f;  // the log-probability of what cannot be sampled
 const float LOWEST = -87.f;       // e^-87 is float's smallest normal number
-
-inline f16 load(const float* p) { return *(const f16*)p; }
-inline f16 load(const bf16* p) { return (f16)(__builtin_convertvector(*(const h16*)p, u16) << 16); }
-inline float one(const float* p) { return *p; }
-inline float one(const bf16* p) {
-  uint32_t bits = (uint32_t)*p << 16;
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
-inline void put(float* p, f16 x) { *(f16*)p = x; }
-inline void put(bf16* p, f16 x) {  // to the nearest, ties to even
-  const u16 bits = (u16)x;
-  *(h16*)p = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, h16);
-}
-inline void put(float* p, float x) { *p = x; }
-inline void put(bf16* p, float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  *p = (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-// Every lane becomes the sum, or the highest, of all sixteen.
-const i16 NEIGHBORS[4] = {{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14},
-                          {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13},
-                          {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11},
-                          {8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}};
-inline float sum(f16 v) {
-  for (int i = 0; i < 4; i++) v += __builtin_shuffle(v, NEIGHBORS[i]);
-  return v[0];
-}
-inline float highest_of(f16 v) {
-  for (int i = 0; i < 4; i++) {
-    const f16 other = __builtin_shuffle(v, NEIGHBORS[i]);
-    v = v > other ? v : other;
-  }
-  return v[0];
-}
 
 // e^x for -87 <= x <= 0 to about 2e-7: 2^n from the exponent's bits times a polynomial of 2^f, |f| <= 1/2.
 inline f16 exponential(f16 x) {
