@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pairs_task import Quiet, draw_pairs
 from transformers import PreTrainedModel
 
 from rollouts.errors import UserError
@@ -27,27 +28,13 @@ MakeModel = Callable[..., PreTrainedModel]
 LOSSES = ("dpo", "ipo", "simpo", "orpo", "kto")
 
 
-class Quiet:
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 def make_pairs(count: int = 12, seed: int = 0) -> list[PreferencePair]:
     """Chosen answers are made of some tokens, rejected ones of others; in both, prompts and lengths differ."""
-    rng = np.random.default_rng(seed)
-    pairs = []
-    for i in range(count):
-        prompt = rng.integers(10, 100, int(rng.integers(2, 6))).tolist()
-        answers = {}
-        for name, low in (("chosen", 100), ("rejected", 150)):
-            answer = rng.integers(low, low + 50, int(rng.integers(2, 6))).tolist()
-            mask = [0] * len(prompt) + [1] * len(answer)
-            answers[name] = Sample(tokens=prompt + answer, loss_mask=mask, id=f"{i} {name}", group_id=str(i))
-        pairs.append(PreferencePair(str(i), **answers))
-    return pairs
+
+    def answer(rng: np.random.Generator, low: int) -> list[int]:
+        return rng.integers(low, low + 50, int(rng.integers(2, 6))).tolist()
+
+    return draw_pairs(answer, count, seed)
 
 
 def make_backend(make_tiny_model: MakeModel, folder: Path | None = None, **options: Any) -> PyTorchTrainingBackend:

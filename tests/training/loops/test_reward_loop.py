@@ -11,6 +11,7 @@ import anyio
 import numpy as np
 import pytest
 import torch
+from pairs_task import Quiet, draw_pairs
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rollouts.errors import UserError
@@ -34,27 +35,13 @@ from rollouts.training.types import Sample
 MakeModel = Callable[..., PreTrainedModel]
 
 
-class Quiet:
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 def make_pairs(count: int = 12, seed: int = 0) -> list[PreferencePair]:
     """The chosen answer ends with a token of some, the rejected one with one of others."""
-    rng = np.random.default_rng(seed)
-    pairs = []
-    for i in range(count):
-        prompt = rng.integers(10, 100, int(rng.integers(2, 6))).tolist()
-        answers = {}
-        for name, low in (("chosen", 100), ("rejected", 150)):
-            answer = [*rng.integers(10, 100, int(rng.integers(1, 5))).tolist(), int(rng.integers(low, low + 8))]
-            mask = [0] * len(prompt) + [1] * len(answer)
-            answers[name] = Sample(tokens=prompt + answer, loss_mask=mask, group_id=str(i))
-        pairs.append(PreferencePair(str(i), **answers))
-    return pairs
+
+    def answer(rng: np.random.Generator, low: int) -> list[int]:
+        return [*rng.integers(10, 100, int(rng.integers(1, 5))).tolist(), int(rng.integers(low, low + 8))]
+
+    return draw_pairs(answer, count, seed)
 
 
 def make_backend(make_tiny_model: MakeModel, folder: Path | None = None, **options: Any) -> PyTorchTrainingBackend:
