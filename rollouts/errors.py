@@ -1,4 +1,4 @@
-"""The one exception for bad input: a single line that says what was wrong, where, and what to do."""
+"""The exceptions that people are meant to read: a single line that says what was wrong, where, and what to do."""
 
 
 class UserError(Exception):
@@ -8,3 +8,7 @@ class UserError(Exception):
     line prints it as ``error: <message>`` and exits with code 2; nothing may have been half-written
     when it is raised. Bugs in our own code are never a ``UserError``.
     """
+
+
+class RunError(RuntimeError):
+    """A run that failed on the way, for a reason outside the program. The message is one line; exit code 1."""

@@ -35,7 +35,7 @@ def find_source(folder: Path) -> Path:
     """The folder that holds the weights: of a run, its newest step that verifies, else ``final/``.
 
     Raises:
-        UserError: no such folder, a run without a model, or a step that is damaged or sharded.
+        UserError: no such folder, a run without a model or with several, or a step that is damaged or sharded.
     """
     from rollouts.training.checkpoints import MANIFEST, find_latest, verify_checkpoint
 
@@ -48,6 +48,8 @@ def find_source(folder: Path) -> Path:
         step: Path | None = folder
     elif (folder / "checkpoints").is_dir() or final.is_dir():
         step = find_latest(folder / "checkpoints")
+    elif stages := sorted(str(stage.parent) for stage in folder.glob("*/final")):  # of a speedrun, or of sft+rl
+        raise UserError(f"{folder} holds several runs; give one of them: {', '.join(stages)}")
     else:
         return folder
     if step is not None and not (step / "shards").is_dir():

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import rollouts
-from rollouts.errors import UserError
+from rollouts.errors import RunError, UserError
 
 # In the order in which a newcomer meets them; each is a module of rollouts.cli with add_parser() and run().
-VERBS = ("speedrun", "tokenizer", "pretrain", "sft", "dpo", "reward-model", "rl", "data", "export", "serve", "chat")
+VERBS = tuple("speedrun tokenizer pretrain sft dpo reward-model rl sft+rl data export serve chat".split())
 
 USAGE_ERROR = 2
 
@@ -56,7 +56,7 @@ def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
 
 
 def verb_module(verb: str) -> Any:
-    return importlib.import_module(f"rollouts.cli.{verb.replace('-', '_')}")
+    return importlib.import_module(f"rollouts.cli.{verb.replace('-', '_').replace('+', '_')}")
 
 
 def split_overrides(argv: Sequence[str], flags: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -134,6 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except (RunError, FloatingPointError) as error:  # the latter: gradients that are no numbers
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

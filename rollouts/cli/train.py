@@ -1,14 +1,13 @@
-"""What ``sft``, ``pretrain``, ``dpo`` and ``reward-model`` do: a recipe into a trained model, going on where it was."""
+"""What every verb that trains does: a recipe into a trained model, going on where it was."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 
     from rollouts.recipes.schema import TrainingRecipe
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
+
+Train = Callable[[Any, bool, "Path | None", bool], None]  # (recipe, is_new, fork_step, use_fsdp): trains on this rank
 
 
 def add_train_parser(subparsers: argparse._SubParsersAction[Any], verb: str, help: str, description: str) -> None:
@@ -33,7 +34,7 @@ def add_train_parser(subparsers: argparse._SubParsersAction[Any], verb: str, hel
     )
 
 
-def run_training(kind: str, args: argparse.Namespace) -> int:
+def run_training(kind: str, args: argparse.Namespace, train: Train | None = None) -> int:
     """Resolve the recipe, train, from the last checkpoint if the folder holds one, and write ``final/``.
 
     Whatever can be wrong with the input is found before the run's folder is made.
@@ -43,27 +44,28 @@ def run_training(kind: str, args: argparse.Namespace) -> int:
     recipe: Any = resolve_recipe(kind, args)
     if recipe is None:
         return 0
+    return run_in_turn([(recipe, train or train_on_data)], args.fork_from)
 
+
+def run_in_turn(runs: Sequence[tuple[Any, Train]], fork_from: str | None = None) -> int:
+    """Run recipes one after the other, those that are finished already but named. Returns the exit code."""
     from rollouts.recipes.run_folder import RunState, inspect_run
-
-    state = inspect_run(recipe)
-    folder = Path(recipe.run_dir)
-    if state is RunState.FINISHED:
-        print(f"{folder}: this run is finished; its model is in {folder / 'final'}")
-        return 0
-    use_fsdp = wants_fsdp(recipe)
-
     from rollouts.training import distributed_utils as ranks
 
-    fork_step = find_fork(args.fork_from) if args.fork_from and state is RunState.NEW else None
     try:
-        train(recipe, state is RunState.NEW, fork_step, use_fsdp)
+        for recipe, train in runs:
+            folder = Path(recipe.run_dir)
+            state = inspect_run(recipe)
+            if state is RunState.FINISHED:
+                print(f"{folder}: this run is finished; its model is in {folder / 'final'}")
+                continue
+            use_fsdp = wants_fsdp(recipe)
+            fork_step = find_fork(fork_from) if fork_from and state is RunState.NEW else None
+            train(recipe, state is RunState.NEW, fork_step, use_fsdp)
+            ranks.barrier()  # what the first rank wrote last is there for the next run on every rank
     except KeyboardInterrupt:
         print(f"interrupted; the same command resumes {folder} from its last checkpoint", file=sys.stderr)
         return 130
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     finally:
         ranks.cleanup()
     return 0
@@ -96,11 +98,12 @@ def find_fork(source: str) -> Path:
     return step
 
 
-def train(recipe: TrainingRecipe, is_new: bool, fork_step: Path | None, use_fsdp: bool) -> None:
+def train_on_data(recipe: TrainingRecipe, is_new: bool, fork_step: Path | None, use_fsdp: bool) -> None:
     """Train on this rank; the first rank also makes the run's folder, logs, and writes the results."""
     import anyio
 
     from rollouts.models import parse_device
+    from rollouts.pipeline.run_report import write_run_report
     from rollouts.recipes import build
     from rollouts.recipes.run_folder import create_run
     from rollouts.training import distributed_utils as ranks
@@ -131,7 +134,7 @@ def train(recipe: TrainingRecipe, is_new: bool, fork_step: Path | None, use_fsdp
     # A sharded checkpoint is no model folder: every rank takes part in gathering the weights instead.
     weights = backend.get_weights().wait() if use_fsdp and recipe.distributed.checkpoint_format == "sharded" else None
     if ranks.is_main():
-        report = write_report(recipe, history)
+        report = write_run_report(recipe, history)
         write_final(recipe, backend, weights)  # last: a run that has it is finished
         print(f"{recipe.run_dir}: {summarize(report)}; the model is in {Path(recipe.run_dir) / 'final'}")
 
@@ -173,17 +176,6 @@ def write_final(
     if has_adapter:
         export_checkpoint(step, folder / "adapter", overwrite=True)
     export_checkpoint(step, folder / "final", merge_lora=has_adapter)
-
-
-def write_report(recipe: TrainingRecipe, history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write and return ``report.json``: the run's kind, its steps, and statistics of every metric over them."""
-    from rollouts.training.metrics import compute_stats, read_metrics
-
-    folder = Path(recipe.run_dir)
-    rows = read_metrics(folder / "metrics.jsonl") if "jsonl" in recipe.loggers else history
-    report = {"kind": recipe.kind, "steps": history[-1]["step"], "metrics": compute_stats(rows)}
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return report
 
 
 def summarize(report: Mapping[str, Any]) -> str:

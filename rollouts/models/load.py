@@ -234,8 +234,8 @@ def load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel | PeftMode
 
 
 def _refuse_what_cannot_load(folder: Path) -> None:
-    final = folder / "final"
-    hint = f"that is a run, whose model is {final}" if final.is_dir() else "give a model in the Hugging Face layout"
+    finals = [folder / "final"] if (folder / "final").is_dir() else sorted(folder.glob("*/final"))  # of a run's stages
+    hint = f"that is a run: give {' or '.join(map(str, finals))}" if finals else "give a model in Hugging Face's layout"
     config = read_json(folder / "config.json", hint=hint)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 

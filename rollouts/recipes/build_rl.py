@@ -32,12 +32,14 @@ from rollouts.training.backends.optimizers import OptimizerConfig
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.backends.reference import BaseModel, FrozenModel
 from rollouts.training.datasets.data_buffer import DataBuffer
-from rollouts.training.datasets.dataset_loaders import load_rl_prompts
+from rollouts.training.datasets.dataset_loaders import load_rl_prompts, load_samples_from_jsonl
 from rollouts.training.datasets.sources import DatasetSpec
 from rollouts.training.engine_pool import EnginePool
-from rollouts.training.filters import FILTERS
+from rollouts.training.filters import FILTERS, judge
 from rollouts.training.functions import load_function
+from rollouts.training.loops.rl_batches import group_samples
 from rollouts.training.loops.rl_evaluate import RewardEvaluation
+from rollouts.training.loops.rl_loop import StoredRollouts, deal_stored
 from rollouts.training.loops.rl_step import ProcessRewards, own_log_probs
 from rollouts.training.remote_engines import SGLangEngine, VLLMEngine
 from rollouts.training.rewards.registry import RewardSpec, load_rewards
@@ -67,7 +69,8 @@ class Functions:
 def load_functions(recipe: RLRecipe) -> Functions:
     """Raises UserError for a name that is unknown and a function that cannot be loaded."""
     rewards = [RewardSpec(r.function, r.weight, r.name, r.options) for r in recipe.reward]
-    load_rewards(rewards)
+    if rewards:
+        load_rewards(rewards)
     rollout = recipe.rollout
     return Functions(
         reward=rewards,
@@ -91,7 +94,7 @@ class RLRun:
     backend: PyTorchTrainingBackend
     config: RLTrainingConfig
     data_buffer: DataBuffer[Sample] | None = None
-    manager: AsyncRolloutManager | GreedyBaselines | None = None
+    manager: AsyncRolloutManager | GreedyBaselines | StoredRollouts | None = None
     engines: list[InferenceEngine] | WeightSyncManager = field(default_factory=list)
     extras: dict[str, Any] = field(default_factory=dict)  # reference, critic, evaluate
     delivery: WeightDelivery | None = None  # of weights to servers
@@ -154,6 +157,10 @@ def build_run(
     run = RLRun(backend, build_config(recipe, functions), extras=extras)
     if is_main:
         engine: Sampler
+        if recipe.engine.kind == "stored":
+            run.manager, run.config = deal_stored(prompts, run.config)
+            extras["reward_fn"] = functions.reward or None  # judges those without a reward
+            return run
         if recipe.engine.kind == "embedded":
             embedded = build_engine(recipe, served if served is not None else backend.model, tokenizer)
             run.engines, engine = [embedded], embedded
@@ -170,6 +177,30 @@ def build_run(
         if recipe.train.eval_every and validation:
             extras["evaluate"] = build_evaluation(recipe, functions, engine, tokenizer, validation)
     return run
+
+
+def load_data(recipe: RLRecipe, functions: Functions) -> tuple[list[Sample], list[Sample]]:
+    """What is learned from, prompts or stored rollouts, and the prompts of the evaluation.
+
+    Raises:
+        UserError: a source that is missing or holds nothing of use, or bad rows.
+    """
+    if recipe.engine.kind == "stored":
+        return load_stored(recipe, functions), []
+    validation = build_prompts(recipe, recipe.data.validation) if recipe.data.validation else []
+    return build_prompts(recipe, recipe.data.train), validation
+
+
+def load_stored(recipe: RLRecipe, functions: Functions) -> list[Sample]:
+    """Rollouts that runs left, without the groups that the filter refuses; groups of two files are never one."""
+    kept: list[Sample] = []
+    for number, spec in enumerate(recipe.data.train):
+        for group in group_samples(load_samples_from_jsonl(spec.path)):
+            if functions.filter is None or judge(functions.filter, group):
+                kept += [replace(s, group_id=f"{number}/{s.group_id}" if s.group_id else "") for s in group]
+    if not kept:
+        raise UserError(f"{recipe.data.train[0].path}: holds no rollouts to learn from; give a run's rollouts.jsonl")
+    return kept
 
 
 def build_prompts(recipe: RLRecipe, specs: list[DataSpec]) -> list[Sample]:
@@ -192,6 +223,7 @@ def build_config(recipe: RLRecipe, functions: Functions) -> RLTrainingConfig:
     else:
         policy_loss = functions.loss
     return RLTrainingConfig(
+        batch_size=recipe.rollout.batch_size,
         **recipe.train.model_dump(exclude={"max_grad_norm"}),
         advantage=functions.advantage,
         advantage_options=options,
@@ -360,8 +392,10 @@ def build_companion(
     return factory.create_pytorch_backend(model.to(device), **options)  # type: ignore[arg-type]
 
 
-def check_prompts(prompts: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> None:
+def check_prompts(recipe: RLRecipe, prompts: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError unless the first prompt can be rendered: a template that fails does so for every prompt."""
+    if recipe.engine.kind == "stored":
+        return  # tokens already
     try:
         EngineGenerate(None, tokenizer).render(prompts[0])  # type: ignore[arg-type]
     except Exception as error:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rollouts.errors import UserError
-from rollouts.recipes import preference_schema, rl_schema  # noqa: F401  (they add their kinds to KINDS)
+from rollouts.recipes import preference_schema, rl_schema, sft_rl_schema  # noqa: F401  (they add to KINDS)
 from rollouts.recipes.schema import KINDS, CommandLineText, Recipe
 
 

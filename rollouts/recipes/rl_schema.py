@@ -140,7 +140,8 @@ class Rollout(Section):
 
 class Engine(Section):
     """What samples. kind: embedded, or servers that run already and are sent the weights: of SGLang, vLLM or
-    `rollouts serve` (rollouts). ROLLOUTS_API_KEY is the key that they want, if any.
+    `rollouts serve` (rollouts). ROLLOUTS_API_KEY is the key that they want, if any. With stored nothing samples:
+    data.train are rollouts that some run left (its rollouts.jsonl), and reward may be missing.
 
     Of servers: url: an address, or several that share the work. weights: pushed out of the trainer's memory (push),
     through a folder in the run's that they can read (disk), a LoRA adapter alone (adapter), or the first of adapter,
@@ -150,7 +151,7 @@ class Engine(Section):
     most 4,096). cache_gb: memory for keys and values.
     """
 
-    kind: Literal["embedded", "rollouts", "sglang", "vllm"] = "embedded"
+    kind: Literal["embedded", "rollouts", "sglang", "vllm", "stored"] = "embedded"
     url: Annotated[list[str], BeforeValidator(one_is_a_list)] = Field([])
     weights: Literal["auto", "push", "disk", "adapter"] = "auto"
     restart: FunctionName | None = None
@@ -161,8 +162,8 @@ class Engine(Section):
 
     @model_validator(mode="after")
     def _servers_have_addresses(self) -> Self:
-        if (self.kind == "embedded") == bool(self.url):
-            raise ValueError("kind rollouts, sglang or vllm needs url, the servers' addresses, and embedded has none")
+        if (self.kind in ("embedded", "stored")) == bool(self.url):
+            raise ValueError("kind rollouts, sglang or vllm needs url, the servers' addresses; no other kind has one")
         if len(set(self.url)) < len(self.url):
             raise ValueError("url names a server twice; name each once")
         return self
@@ -264,9 +265,9 @@ class RLRecipe(Recipe):
     device: str = "auto"
     model: Annotated[Model, BeforeValidator(text_is_path)]
     data: Data
-    reward: Annotated[
-        list[Annotated[Reward, BeforeValidator(text_is_function)]], BeforeValidator(one_is_a_list), Field(min_length=1)
-    ]
+    reward: Annotated[list[Annotated[Reward, BeforeValidator(text_is_function)]], BeforeValidator(one_is_a_list)] = (
+        Field([])
+    )
     rollout: Rollout = Rollout()
     engine: Engine = Engine()
     advantage: Annotated[Advantage, BeforeValidator(text_is_name)] = Advantage()
@@ -307,6 +308,10 @@ class RLRecipe(Recipe):
             raise ValueError("reference is none, but a KL to it is asked for; set both KL weights to 0")
         if self.train.sync_every > self.rollout.max_staleness + 1:
             raise ValueError("train.sync_every makes rollouts older than rollout.max_staleness allows; raise that")
+        if not self.reward and self.engine.kind != "stored":
+            raise ValueError("reward is missing; add it to the recipe or give --reward VALUE")
+        if self.engine.kind == "stored":
+            self._fits_stored()
         if self.train.eval_every and not self.data.validation:
             raise ValueError("train.eval_every is set, but data.validation names no prompts; add them")
         if self.engine.weights == "adapter" and not self.model.lora:
@@ -314,6 +319,20 @@ class RLRecipe(Recipe):
         if self.model.lora and self.distributed.checkpoint_format == "sharded":
             raise ValueError("model.lora and distributed.checkpoint_format: sharded exclude one another; use full")
         return self
+
+    def _fits_stored(self) -> None:
+        if (
+            self.train.eval_every
+            or self.rollout.generate
+            or self.rollout.max_staleness
+            or self.advantage.name == "remax"
+        ):
+            raise ValueError(
+                "engine.kind: stored samples nothing: leave out train.eval_every, rollout.generate, "
+                "rollout.max_staleness and the algorithm remax"
+            )
+        if any(spec.repeat != 1 or spec.weight or spec.max_samples for spec in self.data.train):
+            raise ValueError("engine.kind: stored reads whole files: leave repeat, weight and max_samples out of data")
 
     @property
     def needs_reference(self) -> bool:

@@ -5,12 +5,13 @@ runs/example/
   metrics.jsonl   one object a step
   checkpoints/    step_000050/ ..., latest
   final/          the trained model; a run that has one is finished
-  report.json     what came out
+  report.html     what came out; also report.md and report.json
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from enum import StrEnum
@@ -72,7 +73,8 @@ def refuse_changes(recipe: Recipe, saved: Path) -> None:
     """Raise UserError when ``recipe`` would not continue the run whose recipe was saved, naming the first key."""
     before, now = _flatten(load_recipe(recipe.kind, saved).model_dump()), _flatten(recipe.model_dump())
     for key in dict.fromkeys([*now, *before]):
-        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS):
+        names = (key, re.sub(r"^(sft|rl)\.", "", key))  # a stage of sft+rl is as free as a run of its own
+        if before.get(key) != now.get(key) and not any(f"{n}.".startswith(f"{f}.") for n in names for f in FREE_KEYS):
             raise UserError(
                 f"{saved.parent}: holds a run with {key} {before.get(key)!r}, now it is {now.get(key)!r}; set it back, "
                 f"or start a new run from this one with --run_dir FOLDER --fork-from {saved.parent}"

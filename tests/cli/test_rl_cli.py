@@ -65,6 +65,7 @@ def test_a_run_leaves_all_that_a_run_leaves(recipe: Path, capsys: pytest.Capture
     samples = rollouts_of(folder)
     assert len(samples) == 4 * 16 and all(len(s["advantages"]) == len(s["tokens"]) for s in samples)
     assert json.loads((folder / "report.json").read_text())["algorithm"] == "grpo"
+    assert "reward\\_mean" in (folder / "report.md").read_text() and "<svg" in (folder / "report.html").read_text()
     assert sorted(p.name for p in (folder / "checkpoints").glob("step_*")) == ["step_000002", "step_000004"]
     final = AutoModelForCausalLM.from_pretrained(folder / "final")
     start = AutoModelForCausalLM.from_pretrained(yaml.safe_load(recipe.read_text())["model"]["path"])
@@ -94,6 +95,34 @@ def test_a_run_that_was_stopped_goes_on_and_another_forks_from_it(
     capsys.readouterr()
     assert main(["rl", str(recipe), "--rollout.temperature", "0.5"]) == 2
     assert "rollout.temperature" in capsys.readouterr().err
+
+
+def test_stored_rollouts_alone_are_learned_from(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = recipe.parent / "run", recipe.parent / "second"
+    assert main(["rl", str(recipe)]) == 0
+    stored = ["--data.train", str(first / "rollouts.jsonl"), "--engine.kind", "stored", "--run_dir", str(second)]
+    offline = ["rl", str(recipe), *stored, "--train.eval_every", "0", "--train.num_steps", "6"]
+    assert main([*offline, "--reward", "[]"]) == 0
+    learned, sampled = ({tuple(s["tokens"]): s["reward"] for s in rollouts_of(run)} for run in (second, first))
+    assert learned == sampled  # 16 groups in 6 steps of 4: each at least once, and nothing else
+    rows = metrics_of(second)
+    assert len(rows) == 6 and all(row["grad_norm"] > 0 for row in rows)
+    start, end = (AutoModelForCausalLM.from_pretrained(run / "final") for run in (first, second))
+    assert any(not torch.equal(a, b) for a, b in zip(start.parameters(), end.parameters()))
+
+    capsys.readouterr()
+    (recipe.parent / "empty.jsonl").touch()
+    for arguments, message in (
+        (["--train.eval_every", "2"], "samples nothing: leave out train.eval_every"),
+        (["--data.train", str(recipe.parent / "empty.jsonl")], "holds no rollouts"),
+        (["--data.train", str(recipe.parent / "prompts.jsonl")], "prompts.jsonl:1: not an exported sample"),
+        (["--data.train.0.repeat", "2"], "reads whole files"),
+        (["--engine.kind", "embedded", "--reward", "[]"], "reward is missing"),
+    ):
+        assert main([*offline, *arguments, "--run_dir", str(recipe.parent / "third")]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+    assert not (recipe.parent / "third").exists()
 
 
 def test_two_ranks_sample_and_learn_as_one(recipe: Path) -> None:

@@ -82,7 +82,8 @@ def test_sft_learns_and_its_model_loads_anywhere(
     assert main(["sft", recipe(data={"validation": held_out}), "--train.num_steps", "20"]) == 0
     run = tmp_path / "run"
     assert capsys.readouterr().out.splitlines()[-1].endswith(f"; the model is in {run / 'final'}")
-    assert {p.name for p in run.iterdir()} == {"recipe.yaml", "metrics.jsonl", "checkpoints", "final", "report.json"}
+    reports = {"report.json", "report.md", "report.html"}
+    assert {p.name for p in run.iterdir()} == {"recipe.yaml", "metrics.jsonl", "checkpoints", "final"} | reports
     assert steps_of(run) == list(range(1, 21))
     stats = json.loads((run / "report.json").read_text())["metrics"]
     assert stats["loss"]["last"] < stats["loss"]["first"] - 1
@@ -317,7 +318,7 @@ def shape_that_does_not_fit(tmp_path: Path, tiny_model_dir: Path) -> dict[str, A
         (empty_file, ["empty.jsonl", "empty"]),
         (missing_file, ["missing.jsonl", "no such file"]),
         (missing_file_and_missing_model, ["missing.jsonl", "no such file"]),
-        (a_run_in_place_of_its_model, ["before", "that is a run, whose model is", "before/final"]),
+        (a_run_in_place_of_its_model, ["before/config.json does not exist", "that is a run: give", "before/final"]),
         (folder_in_a_file, ["file/run cannot be made"]),
         (betas_that_are_none, ["optimizer.betas.0 is 2", "less than 1"]),
         (folder_without_tokenizer, ["bare", "no tokenizer"]),

@@ -162,18 +162,23 @@ async def run_offline_rl_training(
     Raises:
         UserError: no samples, no ``batch_size``, or a checkpoint of another run.
     """
+    stored, config = deal_stored(samples, config)
+    return await run_rl_training(
+        backend, None, stored, (), config, metrics_logger,
+        reference=reference, critic=critic, reward_fn=reward_fn, resume=resume,
+    )  # fmt: skip
+
+
+def deal_stored(samples: Sequence[Sample], config: RLTrainingConfig) -> tuple[StoredRollouts, RLTrainingConfig]:
+    """Stored rollouts as a source of batches, and the configuration that fits them. Raises UserError."""
     groups = group_samples(samples)
     if not groups:
         raise UserError("samples cannot be empty: give at least one rollout")
     if config.batch_size is None:
         raise UserError("batch_size is missing: say how many groups of stored rollouts a step learns from")
-    stored = StoredRollouts(groups, config)
     if config.old_log_probs == "auto" and all(s.rollout_log_probs is not None for s in samples):
         config = replace(config, old_log_probs="rollout")
-    return await run_rl_training(
-        backend, None, stored, (), config, metrics_logger,
-        reference=reference, critic=critic, reward_fn=reward_fn, resume=resume,
-    )  # fmt: skip
+    return StoredRollouts(groups, config), config
 
 
 class StoredRollouts:
@@ -200,6 +205,8 @@ class StoredRollouts:
         return {"cursor": self._cursor.state_dict(), "num_batches": self._num_batches}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if "cursor" not in state:
+            raise UserError("rollout state: saved by a run that sampled; start a new run to learn from stored rollouts")
         self._cursor.load_state_dict(state["cursor"])
         self._num_batches = state["num_batches"]
 
