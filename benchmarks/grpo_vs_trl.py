@@ -103,20 +103,7 @@ def run_rollouts(workload: Workload, clock: StepClock, precision: str, *options:
 
     ``bf16`` computes in bfloat16 and keeps float32 master weights. Prompts are text for both, and of as many tokens.
     """
-    import anyio
-
-    from rollouts.inference import EmbeddedEngine, SamplingParams
-    from rollouts.training import (
-        AsyncRolloutManager,
-        DataBuffer,
-        EngineGenerate,
-        OptimizerConfig,
-        RLTrainingConfig,
-        RolloutConfig,
-        Sample,
-        create_pytorch_backend,
-        run_rl_training,
-    )
+    from rollouts.training import OptimizerConfig, create_pytorch_backend
 
     clock.imported()
 
@@ -128,32 +115,53 @@ def run_rollouts(workload: Workload, clock: StepClock, precision: str, *options:
 
         def close(self) -> None: ...
 
-    async def reward_fn(sample: Sample) -> float:
-        ids = sample.tokens[PROMPT_TOKENS:]
-        assert len(ids) == NEW_TOKENS
-        return reward(list(ids))
-
-    vocab_size = workload.model_shape.vocab_size
-    tokenizer = word_tokenizer(vocab_size)
     backend = create_pytorch_backend(
         workload.make_model(),
         precision="bfloat16" if precision == "bf16" else "float32",
         optimizer=OptimizerConfig(lr=1e-5),
         compile="compile" in options,
     )
-    texts = [" ".join(f"w{t}" for t in p) for p in prompts(vocab_size, PROMPTS * (clock.total + 1))]
+    train_by_grpo(backend, clock.total, Clock(), max_tokens_per_micro_batch=4608)
+
+
+def train_by_grpo(
+    backend: Any, num_steps: int, logger: Any, num_prompts: int = PROMPTS, num_samples: int = SAMPLES,
+    new_tokens: int = NEW_TOKENS, **settings: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Steps of ``num_prompts`` x ``num_samples`` by an engine over the backend's own weights; the steps' metrics."""
+    import anyio
+
+    from rollouts.inference import EmbeddedEngine, SamplingParams
+    from rollouts.training import (
+        AsyncRolloutManager,
+        DataBuffer,
+        EngineGenerate,
+        RLTrainingConfig,
+        RolloutConfig,
+        Sample,
+        run_rl_training,
+    )
+
+    async def reward_fn(sample: Sample) -> float:
+        ids = sample.tokens[PROMPT_TOKENS:]
+        assert len(ids) == new_tokens
+        return reward(list(ids))
+
+    vocab_size = backend.model.config.vocab_size
+    tokenizer = word_tokenizer(vocab_size)
+    texts = [" ".join(f"w{t}" for t in p) for p in prompts(vocab_size, num_prompts * (num_steps + 1))]
     buffer = DataBuffer([Sample(prompt=text, id=str(i)) for i, text in enumerate(texts)])
-    params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
-    with EmbeddedEngine(backend.model, max_length=PROMPT_TOKENS + NEW_TOKENS + 1) as engine:
+    params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    with EmbeddedEngine(backend.model, max_length=PROMPT_TOKENS + new_tokens + 1) as engine:
         rollouts = RolloutConfig(
-            batch_size=PROMPTS,
-            n_samples_per_prompt=SAMPLES,
+            batch_size=num_prompts,
+            n_samples_per_prompt=num_samples,
             generate_fn=EngineGenerate(engine, tokenizer, params),
             reward_fn=reward_fn,
         )
-        config = RLTrainingConfig(num_steps=clock.total, max_tokens_per_micro_batch=4608)
+        config = RLTrainingConfig(num_steps=num_steps, **settings)
         manager = AsyncRolloutManager(buffer, rollouts)
-        anyio.run(run_rl_training, backend, buffer, manager, [engine], config, Clock())
+        return anyio.run(run_rl_training, backend, buffer, manager, [engine], config, logger)
 
 
 # One measurement ------------------------------------------------------------------------------------------------------

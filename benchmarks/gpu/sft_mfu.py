@@ -13,9 +13,10 @@ import argparse
 import json
 import random
 import statistics
-import sys
 import time
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.gpu.shapes import QWEN2_5_0_5B, cuda_device
 
 if TYPE_CHECKING:
     import torch
@@ -23,17 +24,6 @@ if TYPE_CHECKING:
     from rollouts.training.types import Sample
 
 SEQUENCE = 4096
-QWEN2_5_0_5B = {
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "max_position_embeddings": 32768,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
-    "tie_word_embeddings": True,
-}
 
 
 def main() -> None:
@@ -46,12 +36,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
     args = parser.parse_args()
-    import torch
-
-    if not torch.cuda.is_available():
-        print("error: no CUDA device here; sft_mfu needs one, benchmarks.sft_vs_peers runs on a CPU", file=sys.stderr)
-        sys.exit(2)
-    print(json.dumps(measure(args, QWEN2_5_0_5B, torch.device("cuda")), indent=1))
+    print(json.dumps(measure(args, QWEN2_5_0_5B, cuda_device()), indent=1))
 
 
 def measure(args: argparse.Namespace, shape: dict[str, Any], device: torch.device) -> dict[str, Any]:
