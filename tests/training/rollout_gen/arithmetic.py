@@ -15,11 +15,18 @@ from rollouts.training.types import Sample, SampleStatus, WeightSpan
 class Writer:
     """A ``generate_fn``: writes one token a tick of ``tick`` seconds, with the seed's own length, as an engine would.
 
-    ``version`` is that of its weights; ``trouble(call, sample)`` may raise or hang before a sample is written.
+    ``version`` is that of its weights; ``trouble(call, sample)`` may raise or hang before a sample is written;
+    ``hold(sample, done)`` may wait, or hang, before its next token.
     """
 
-    def __init__(self, tick: float = 0.0, longest: int = 20, trouble: Callable[..., Any] | None = None) -> None:
-        self.tick, self.longest, self.trouble = tick, longest, trouble
+    def __init__(
+        self,
+        tick: float = 0.0,
+        longest: int = 20,
+        trouble: Callable[..., Any] | None = None,
+        hold: Callable[..., Any] | None = None,
+    ) -> None:
+        self.tick, self.longest, self.trouble, self.hold = tick, longest, trouble, hold
         self.version = 0
         self.calls = 0
         self.asked: list[tuple[str, int]] = []  # prompt, seed
@@ -51,6 +58,8 @@ class Writer:
             sample.tokens, sample.loss_mask, sample.rollout_log_probs = [1, 2], [0, 0], [0.0, 0.0]
         try:
             while (done := sum(sample.loss_mask)) < length:
+                if self.hold is not None:
+                    await self.hold(sample, done)
                 if self.tick:
                     await anyio.sleep(self.tick)
                 token = 10 + random.Random(f"{seed} {done}").randrange(90)

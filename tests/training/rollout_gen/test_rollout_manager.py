@@ -128,7 +128,13 @@ async def test_a_sync_generate_fn_and_its_keywords() -> None:
 
 @pytest.mark.parametrize("staleness", [0, 1])
 async def test_the_surplus_is_aborted_and_comes_first_next_time(staleness: int) -> None:
-    writer = Writer(tick=0.002, longest=60)
+    released = anyio.Event()
+
+    async def hold(sample: Sample, done: int) -> None:
+        if sample.group_id in ("5", "7", "8", "9") and done == 38:
+            await released.wait()  # in the middle of its answer when the batch is full
+
+    writer = Writer(tick=0.002, longest=60, hold=hold)
     # With this seed the longest answers of the ten groups have 28, 38, 34, 32, then 26, 54, 13, 60, 58, 44 tokens.
     settings = config(writer, over_sampling_factor=2.5, max_staleness=staleness, seed=98)
     async with AsyncRolloutManager(numbered(40), settings) as manager:
@@ -138,6 +144,7 @@ async def test_the_surplus_is_aborted_and_comes_first_next_time(staleness: int) 
         assert bool(partial) == (staleness > 0)
         assert {g.number for g in manager.ledger.open.values() if g.state == "ready"} == {4, 6}
         writer.version = 1
+        released.set()
         second = await manager.generate_batch()
     assert prompt_ids(first.samples + second.samples, 3) == dealt(40, 8)
     assert second.metadata["carried"] == 4
@@ -156,18 +163,26 @@ async def test_the_surplus_is_aborted_and_comes_first_next_time(staleness: int) 
 
 
 async def test_request_abort_loses_nothing() -> None:
-    manager = AsyncRolloutManager(numbered(10), config(Writer(tick=0.01), max_staleness=1))
+    reached, released = anyio.Event(), anyio.Event()
+
+    async def hold(sample: Sample, done: int) -> None:
+        if done == 2:
+            reached.set()
+            await released.wait()
+
+    manager = AsyncRolloutManager(numbered(10), config(Writer(hold=hold), max_staleness=1))
     async with manager:
         async with anyio.create_task_group() as tasks:
 
             async def stop() -> None:
-                await anyio.sleep(0.03)
+                await reached.wait()
                 manager.request_abort()
 
             tasks.start_soon(stop)
             with pytest.raises(RolloutAborted):
                 await manager.generate_batch()
         assert manager.partial_samples
+        released.set()
         batch = await manager.generate_batch()
         assert prompt_ids(batch.samples, 3) == dealt(10, 4)
         manager.request_abort()

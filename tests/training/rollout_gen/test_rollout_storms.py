@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-import time
+import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -83,28 +83,32 @@ async def test_a_hung_group_is_timed_out_and_tried_again_whole() -> None:
     async with AsyncRolloutManager(numbered(8), config(writer, generate_timeout_s=0.1)) as manager:
         batches = await manager.generate_batches(2)
     assert hung == {"q2", "q5"}
-    assert manager.ledger.requeued == {"TimeoutError": 2}
+    requeued = manager.ledger.requeued
+    assert (
+        set(requeued) == {"TimeoutError"} and requeued["TimeoutError"] >= 2
+    )  # a busy machine times out others as well
     assert [p for batch in batches for p in prompt_ids(batch.samples, 3)] == dealt(8, 8)
     check_whole([s for batch in batches for s in batch.samples])
     seeds = [seed for prompt, seed in writer.asked if prompt == "q2"]
-    assert len(seeds) == len(set(seeds)) == 6  # another attempt has other seeds
+    assert len(seeds) == len(set(seeds)) >= 6  # another attempt has other seeds
 
 
 @pytest.mark.anyio
 async def test_a_sync_function_that_hangs_holds_up_nobody() -> None:
-    calls = Counter()
+    calls, released = Counter(), threading.Event()
 
     def generate(samples: list[Sample]) -> list[Sample]:
         calls[samples[0].prompt] += 1
         if calls["q3"] == 1 and samples[0].prompt == "q3":
-            time.sleep(30)
+            released.wait()
         return samples
 
-    started = time.monotonic()
-    with anyio.fail_after(15):
-        batch = await AsyncRolloutManager(numbered(4), config(generate, generate_timeout_s=0.2)).generate_batch()
-    assert time.monotonic() - started < 15
-    assert calls["q3"] == 2 and prompt_ids(batch.samples, 3) == dealt(4, 4)
+    try:
+        with anyio.fail_after(120):
+            batch = await AsyncRolloutManager(numbered(4), config(generate, generate_timeout_s=0.2)).generate_batch()
+    finally:
+        released.set()
+    assert calls["q3"] >= 2 and prompt_ids(batch.samples, 3) == dealt(4, 4)
 
 
 @pytest.mark.anyio
@@ -239,7 +243,7 @@ def test_any_mix_of_failures_and_restarts_consumes_every_prompt_once(data: st.Da
             assert consumed == dealt(7, len(consumed))
 
     async def run_in_time() -> None:
-        with anyio.fail_after(60):
+        with anyio.fail_after(300):
             await run()
 
     anyio.run(run_in_time)
@@ -291,22 +295,44 @@ async def test_an_engine_closed_in_the_middle_and_replaced_five_times(
         assert all(p < 0 for p, m in zip(sample.rollout_log_probs, sample.loss_mask, strict=True) if m)
 
 
+class TwoEngines:
+    """Groups 0 and 1 have an engine of their own, which starts when the other is held in the middle of the rest."""
+
+    def __init__(self, first: EngineGenerate, rest: EngineGenerate) -> None:
+        self.first, self.rest = first, rest
+        self.get_weight_version, self.abort = rest.get_weight_version, rest.abort
+
+    async def __call__(self, samples: list[Sample]) -> list[Sample]:
+        if samples[0].group_id not in ("0", "1"):
+            return await self.rest(samples)
+        engine = self.rest.engine
+        while not engine.num_sampled_tokens:
+            await anyio.sleep(0.001)
+        await engine.pause_generation()
+        return await self.first(samples)
+
+
 @pytest.mark.anyio
 async def test_partial_rollouts_of_a_real_engine_keep_their_log_probs(
     make_tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    with EmbeddedEngine(make_tiny_model(), max_length=2048, max_rows=4) as engine:
-        params = SamplingParams(max_tokens=1000, stop_token_ids=tuple(range(300, 306)))
-        generate = EngineGenerate(engine, tiny_tokenizer, params)
+    model = make_tiny_model()
+    with EmbeddedEngine(model, max_length=2048) as first, EmbeddedEngine(model, max_length=2048, max_rows=4) as engine:
+        # Endless, as far as a test goes: 22 s for all of them on the machine that this was written on.
+        endless = EngineGenerate(engine, tiny_tokenizer, SamplingParams(max_tokens=1900, ignore_eos=True))
+        short = EngineGenerate(first, tiny_tokenizer, SamplingParams(max_tokens=8, ignore_eos=True))
         prompts = [[{"role": "user", "content": f"Tell me about {i}."}] for i in range(12)]
+        generate = TwoEngines(short, endless)
         running = config(generate, batch_size=2, n_samples_per_prompt=4, over_sampling_factor=4, max_staleness=1)
         async with AsyncRolloutManager(DataBuffer(prompts, shuffle=False), running) as manager:
             await manager.generate_batch()
             assert engine.num_running == engine.num_waiting == 0
-            if not manager.partial_samples:
-                pytest.skip("this machine finished everything before it could be aborted")
+            assert manager.partial_samples
             partial = {s.id: (list(s.tokens), list(s.rollout_log_probs)) for s in manager.partial_samples}
+            await engine.continue_generation()
             await engine.update_weights()
+            longest = max(sum(s.loss_mask) for s in manager.partial_samples)
+            endless.params = SamplingParams(max_tokens=longest + 20, ignore_eos=True)
             later = {s.id: s for batch in await manager.generate_batches(4) for s in batch.samples}
         assert partial.keys() <= later.keys() and manager.weight_version == 1
         for name, (tokens, log_probs) in partial.items():
@@ -334,7 +360,7 @@ async def test_rewards_that_fail_mask_their_sample_and_no_other() -> None:
             raise SystemExit(1)
         return float(index)
 
-    settings = config(Writer(), reward_fn=reward, reward_timeout_s=0.1, batch_size=3)
+    settings = config(Writer(), reward_fn=reward, reward_timeout_s=1, batch_size=3)
     async with AsyncRolloutManager(numbered(4), settings) as manager:
         batch = await manager.generate_batch()
     assert len(batch.samples) == 9
