@@ -7,6 +7,7 @@ itself; other threads reach it by sending functions.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -32,6 +33,10 @@ from rollouts.inference.step_inputs import make_step
 from rollouts.inference.wake import Wake
 from rollouts.inference.weights import copy_weights
 from rollouts.types import TrainFuture
+
+# Of more streams than these each gets its tokens no more often than every so many seconds, several at once: a message
+# costs far more than what is in it.
+FEW_STREAMS, STREAM_SECONDS = 8, 0.02
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,9 @@ class EngineThread:
             while not self._closed:
                 self._run_commands()
                 self._apply_updates()
-                if not self.pauses and not self._closed:
+                if self.pauses:
+                    self._tell_all_streams()
+                elif not self._closed:
                     self._step()
                 self._deliver()
         except BaseException as error:  # a dead engine must not leave anyone waiting
@@ -157,6 +164,7 @@ class EngineThread:
                     self.scheduler.remove(each)
                     self._finish(each, StopReason.ABORTED)
             version = self.scheduler.weight_version + 1 if update.version is None else update.version
+            self._tell_all_streams()  # a chunk's tokens are of one version
             self.scheduler.change_weights(version, retract=update.mode == "retract")
             self._forward.refresh()
             update.future.set_result(version)
@@ -194,6 +202,7 @@ class EngineThread:
         completion = sample.complete(reason, match)
         request.completions[sample.index] = completion
         if request.streaming:
+            self._tell_tokens(sample)
             request.chunks.append(CompletionChunk(sample.index, [], [], [], completion))
         if request.done:
             self._requests.discard(request)
@@ -264,17 +273,11 @@ class EngineThread:
             live = state.sequences[row]
             if live is None:
                 continue  # its request has failed with another of its samples
-            pairs = None
             if top is not None and (count := live.request.params.top_log_probs):
-                pairs = [list(zip(top[1][i, :count].tolist(), top[0][i, :count].tolist(), strict=True))]
-                live.top_log_probs += pairs
-            match = live.stop_strings.push(token_id) if live.stop_strings is not None else None
-            if live.request.streaming:
-                of_token = [float(log_probs[i])], [float(raw_log_probs[i])], None, pairs
-                live.request.chunks.append(
-                    CompletionChunk(live.index, [token_id], *of_token, self.scheduler.weight_version)
+                live.top_log_probs.append(
+                    list(zip(top[1][i, :count].tolist(), top[0][i, :count].tolist(), strict=True))
                 )
-                self._tell(live.request)
+            match = live.stop_strings.push(token_id) if live.stop_strings is not None else None
             if stopped[i] or match is not None or full[i]:
                 self.scheduler.retire(row)
                 if live.bound_text is not None and (error := live.bound_text.error) is not None:
@@ -284,6 +287,45 @@ class EngineThread:
                     self._finish(live, StopReason.STOP_TOKEN, token_id)
                 else:
                     self._finish(live, StopReason.LENGTH if match is None else StopReason.STOP_STRING, match)
+        self._tell_streams()
+
+    # -- streams ------------------------------------------------------------------------------------------------------
+
+    def _tell_streams(self) -> None:
+        """Give those streams their tokens whose time has come."""
+        tell_at, now = self._rows.tell_at, time.monotonic()
+        streams = np.nonzero(tell_at < np.inf)[0]
+        pause = STREAM_SECONDS if len(streams) > FEW_STREAMS else 0
+        for row in streams[tell_at[streams] <= now]:
+            live = self._rows.sequences[row]
+            assert live is not None
+            if self._tell_tokens(live):
+                tell_at[row] = now + pause
+
+    def _tell_all_streams(self) -> None:
+        for live in self._samples():
+            if live.request.streaming:
+                self._tell_tokens(live)
+
+    def _tell_tokens(self, sample: LiveSample) -> bool:
+        """Give a sample's stream its untold tokens; False if there are none."""
+        first, row, state = sample.num_told, sample.row, self._rows
+        if row >= 0:
+            untold = slice(sample.num_prompt + first, state.num_tokens[row])
+            tokens, log_probs, raw = (x[row, untold] for x in (state.tokens, state.log_probs, state.raw_log_probs))
+        else:
+            tokens = sample.tokens[sample.num_prompt + first :]
+            log_probs, raw = sample.log_probs[first:], sample.raw_log_probs[first:]
+        if not len(tokens):
+            return False
+        sample.num_told += len(tokens)
+        top = sample.top_log_probs[first:] if sample.request.params.top_log_probs else None
+        of_tokens = tokens.tolist(), log_probs.tolist(), raw.tolist()
+        sample.request.chunks.append(
+            CompletionChunk(sample.index, *of_tokens, top_log_probs=top, weight_version=self.scheduler.weight_version)
+        )
+        self._tell(sample.request)
+        return True
 
 
 def _score(scores: PromptScores, logits: torch.Tensor, start: int, end: int) -> None:

@@ -87,6 +87,7 @@ class LiveSample:
     top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)
     versions: list[tuple[int, int]] = field(default_factory=list)  # (first sampled token, weight version)
     num_cached: int | None = None  # prompt tokens found in the cache when it first ran
+    num_told: int = 0  # sampled tokens that a stream has been given
     row: int = -1
     leader: LiveSample | None = None  # computes the same tokens for this one, too
 
@@ -142,7 +143,8 @@ class Rows:
         self.arrival = np.zeros(num_rows, np.int64)
         self.random_start = np.zeros(num_rows, np.uint64)
         self.stop_ids = np.full((num_rows, 1), -1, np.int64)  # filled up with -1
-        self.watched = np.zeros(num_rows, bool)  # something looks at each token: a stream, stop strings, top log-probs
+        self.watched = np.zeros(num_rows, bool)  # something looks at each token: stop strings, top log-probs
+        self.tell_at = np.full(num_rows, np.inf)  # when a stream may be given tokens again, in time.monotonic's seconds
         self.temperature = np.ones(num_rows, np.float32)
         self.greedy = np.zeros(num_rows, bool)
         self.top_k = np.zeros(num_rows, np.int64)
@@ -175,7 +177,8 @@ class Rows:
             self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, missing)), constant_values=-1)
         self.stop_ids[row] = -1
         self.stop_ids[row, : len(sequence.stop_ids)] = sequence.stop_ids
-        self.watched[row] = sequence.request.streaming or sequence.stop_strings is not None or params.top_log_probs > 0
+        self.watched[row] = sequence.stop_strings is not None or params.top_log_probs > 0
+        self.tell_at[row] = 0 if sequence.request.streaming else np.inf
         self.temperature[row] = params.temperature or 1
         self.greedy[row] = params.greedy
         self.top_k[row] = params.top_k or self.vocab_size
@@ -197,6 +200,7 @@ class Rows:
         sequence.raw_log_probs = self.raw_log_probs[row, sampled].copy()
         sequence.row = -1
         self.sequences[row] = None
+        self.tell_at[row] = np.inf
         return sequence
 
     def batch_params(self, rows: np.ndarray, device: torch.device) -> BatchParams:
