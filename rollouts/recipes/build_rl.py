@@ -112,7 +112,7 @@ class RLRun:
         servers: list[Any] = self.engines.engines
         try:
             for server in servers:
-                await server.continue_generation()  # a run that was killed may have left it paused
+                await server.take_over()  # a run that was killed may have left it paused
                 await server.connect()
             if self.delivery is not None:
                 await self.delivery.choose(servers)

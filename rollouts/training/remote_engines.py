@@ -19,6 +19,7 @@ import socket
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ import anyio
 import anyio.to_thread
 import httpx
 
-from rollouts.errors import UserError
+from rollouts.errors import RunError, UserError
 from rollouts.inference.protocol import PauseMode, UpdateMode
 from rollouts.inference.sampling_params import SamplingParams
 from rollouts.providers import Endpoint, ProviderError, connect, sample_tokens
@@ -48,7 +49,7 @@ ADAPTER_CONFIG = "adapter_config.json"  # what tells a folder with an adapter al
 ADAPTER_NAME = "rollouts"  # of the adapter in vLLM
 
 
-class WeightSyncError(RuntimeError):
+class WeightSyncError(RunError):
     """New weights did not arrive, or others than were sent."""
 
 
@@ -113,6 +114,15 @@ class RemoteEngine(ABC):
             with anyio.CancelScope(shield=True):
                 async with self._gate:
                     self._gate.notify_all()
+
+    async def take_over(self) -> None:
+        """Resume a server that another trainer has paused, perhaps in the middle of an update, and died.
+
+        Its weights are unknown afterwards. Raises ProviderError: it does not answer.
+        """
+        with suppress(UserError, ProviderError, WeightSyncError):  # no update is open
+            await self._end_push(0)
+        await self.continue_generation()
 
     async def reconnect(self) -> None:
         """Wait until a server that failed answers again at its address, as if it had been started anew.
@@ -490,7 +500,7 @@ class VLLMEngine(RemoteEngine):
 
     async def _load_folder(self, folder: Path, version: int) -> None:
         if await self._has_plugin():
-            await self._post("/start_weight_update", max_retries=0)
+            await self._begin_push()
             await self._post("/update_weights", {"update_info": {"folder": str(folder)}}, max_retries=0)
             await self._end_push(version)
             return
@@ -539,7 +549,11 @@ class VLLMEngine(RemoteEngine):
         await self._post("/init_weight_transfer_engine", {"init_info": info}, max_retries=0)
 
     async def _begin_push(self) -> None:
-        await self._post("/start_weight_update", max_retries=0)
+        try:
+            await self._post("/start_weight_update", max_retries=0)
+        except ProviderError:  # an update that broke off has left its session open
+            await self._end_push(0)
+            await self._post("/start_weight_update", max_retries=0)
 
     async def _receive(self, bucket: Mapping[str, torch.Tensor], version: int) -> None:
         names, dtypes, shapes = describe(bucket)
