@@ -39,7 +39,7 @@ test-browser: lint
 
 # Real vLLM and SGLang servers on the CPU, each in a virtual environment of its own (7 GB in all, and minutes to install).
 test-engines: lint $(ENGINES)/vllm/.installed $(ENGINES)/sglang/.installed
-	$(BIN)/python -m pytest -m engines tests/engines tests/providers $(ARGS)
+	ROLLOUTS_ENGINES=$(abspath $(ENGINES)) $(BIN)/python -m pytest -m engines tests/engines tests/providers $(ARGS)
 
 # The wheel is a third party's: its hash is pinned. The CUDA builds that it asks for break its import, and vLLM tells its
 # platform by the version of a distribution that is called vllm.
