@@ -482,6 +482,14 @@ class AsyncRolloutManager:
                 f"{dropped.total()} rollout groups were dropped for one batch ({dict(dropped)}); "
                 "loosen filter_fn or raise max_dropped_groups"
             )
+        total = dropped.total()
+        if total >= 32 and total & (total - 1) == 0:  # at 32, 64, 128, ...
+            logger.warning(
+                "%d rollout groups were dropped for this batch so far (%s), and others take their place; "
+                "max_dropped_groups would end that",
+                total,
+                dict(dropped),
+            )
 
 
 class BadGeneration(UserError):

@@ -207,6 +207,14 @@ async def test_a_filter_that_keeps_nothing_is_an_error_that_counts_why() -> None
         await AsyncRolloutManager(numbered(10), settings).generate_batch()
 
 
+async def test_groups_that_are_dropped_without_end_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    settings = config(Writer(), filter_fn=lambda group: FilterResult(False, "never"), max_dropped_groups=130)
+    with pytest.raises(RolloutError):
+        await AsyncRolloutManager(numbered(10), settings).generate_batch()
+    told = [line for line in caplog.messages if "were dropped for this batch so far ({'never'" in line]
+    assert [int(line.split()[0]) for line in told] == [32, 64, 128]
+
+
 async def test_a_state_goes_through_json_and_carries_on() -> None:
     settings = config(Writer(tick=0.001), over_sampling_factor=2, max_staleness=1)
     manager = AsyncRolloutManager(numbered(10), settings)
