@@ -232,7 +232,11 @@ class FSDPTrainingBackend(PyTorchTrainingBackend):
             raise UserError("this backend has no checkpoint_dir: give one to save checkpoints")
         failpoint("train.after_optim_step")
         root, trainer = self.checkpoint_dir, self._trainer_state(step, metrics, state)
-        tensors = {f"model.{name}": master.detach() for name, master in self._weights.masters.items()}
+        weights = self._sharded_weights(name for name, _ in self.model.named_parameters())
+        if hasattr(self.model, "peft_config"):
+            weights = {name: weights[name] for name in self._weights.masters}
+        trainer["weights"] = sorted(weights)
+        tensors = {f"model.{name}": weight for name, weight in weights.items()}
         tensors |= {f"optim.{key}": value for key, value in self._moments()}
 
         with ExitStack() as transaction:  # entered and closed on rank 0 alone; the others write into its folder

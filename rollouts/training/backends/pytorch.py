@@ -110,7 +110,7 @@ class PyTorchTrainingBackend:
         self._loss_model = LossModel(model)
         use_fast_products(model)
         if activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            _checkpoint_activations(model)
         if compile:
             for layer in decoder_layers(model):
                 layer.compile(dynamic=True)
@@ -324,7 +324,7 @@ class PyTorchTrainingBackend:
         trainer = read_json(folder / "trainer_state.json")
         require_same({"optimizer": trainer["optimizer"]}, {"optimizer": optimizer_name(self.optimizer)}, folder)
         if has_shards(folder):
-            moments = self._read_sharded_tensors(folder, trainer["moments"])
+            moments = self._read_sharded_tensors(folder, trainer["moments"], trainer["weights"])
         else:
             self._load_all(self._read_weights(folder))
             moments = self._place_moments(read_tensors(folder / "optimizer.safetensors"))
@@ -355,8 +355,13 @@ class PyTorchTrainingBackend:
         names = [name for name, _ in self.model.named_parameters()]
         return {name: tensors[saved] for name in names if (saved := _saved_name(name, tensors)) in tensors}
 
-    def _read_sharded_tensors(self, folder: Path, kinds: Mapping[str, bool]) -> dict[str, torch.Tensor]:
-        """Fill the masters in place from a sharded step; returns the moments. ``kinds``: moment -> is it per weight?"""
+    def _read_sharded_tensors(
+        self, folder: Path, kinds: Mapping[str, bool], saved: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
+        """Fill the masters, and what of ``saved`` is frozen, in place from a sharded step; returns the moments.
+
+        ``kinds``: moment -> is it per weight?
+        """
         masters = self._weights.masters
         moments = {
             key: torch.zeros_like(masters[key.rpartition("#")[0]], requires_grad=False)
@@ -364,12 +369,19 @@ class PyTorchTrainingBackend:
             else torch.zeros(())
             for key, per_weight in kinds.items()
         }
-        weights = {name: master.detach() for name, master in masters.items()}
+        weights = self._sharded_weights({*masters, *saved})
         read_shards(
             folder, {f"model.{k}": v for k, v in weights.items()} | {f"optim.{k}": v for k, v in moments.items()}
         )
         self._weights.publish()
         return moments
+
+    def _sharded_weights(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Those of the model's weights that ``names`` holds: masters, or frozen parameters."""
+        wanted = set(names)
+        own = {name: p.detach() for name, p in self.model.named_parameters()}
+        own |= {name: master.detach() for name, master in self._weights.masters.items()}
+        return {name: weight for name, weight in own.items() if name in wanted}
 
     def _load_masters(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, master in self._weights.masters.items():
@@ -429,6 +441,13 @@ class PyTorchTrainingBackend:
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a transformers model, where recomputation, compilation and sharding are applied."""
     return max((list(m) for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=[])
+
+
+def _checkpoint_activations(model: Any) -> None:
+    # The older name warns since transformers 5.23, the newer is not there before.
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _saved_name(name: str, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +44,8 @@ Source = str | Path | DatasetSpec | Mapping[str, Any]
 CACHE_FORMAT = 1  # raise it whenever the same rows would give other tokens or masks
 _BATCH_CHARACTERS = 4_000_000  # text tokenized in one call: enough to use every core, little enough to hold
 _SECONDS_BETWEEN_LINES = 10.0  # of the progress of a long tokenization
+_UNFINISHED = re.compile(r"[0-9a-f]{32}\.\w+\.tmp")  # a folder of tokenized data that is being written
+_SECONDS_TO_LOCK = 60.0  # a folder that is older and held by nobody was left by a killed process
 _NAMED = 10  # too-long samples named in the log; all of them stand in the report
 
 
@@ -312,13 +317,15 @@ def _cached_store(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, max_len
     temporary = None
     try:
         root.mkdir(parents=True, exist_ok=True)
+        _sweep_abandoned(root)
         temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=root))
-        _write_store(temporary, spec, files, tokenizer, max_length)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
+        with _locked(temporary):
+            _write_store(temporary, spec, files, tokenizer, max_length)
+            try:
+                temporary.rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
         return _Store(folder, files)
     except OSError as e:
         raise UserError(
@@ -327,6 +334,33 @@ def _cached_store(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, max_len
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder until the end, or that of the process; gives False when somebody does, or locks are not known."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError:
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _sweep_abandoned(root: Path) -> None:
+    """Remove what killed processes left half-written: folders that nobody holds, a while after they were made."""
+    for folder in root.glob("*.tmp"):
+        with suppress(OSError):  # another process swept it
+            # A folder is made a moment before it is locked.
+            if _UNFINISHED.fullmatch(folder.name) and time.time() - folder.stat().st_mtime > _SECONDS_TO_LOCK:
+                with _locked(folder) as abandoned:
+                    if abandoned:
+                        shutil.rmtree(folder)
+                        log.info("swept %s, which a killed process left unfinished", folder)
 
 
 def _write_store(

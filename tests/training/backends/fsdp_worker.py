@@ -92,8 +92,8 @@ def lora_model(seed: int = 0) -> torch.nn.Module:
     return add_lora(make_model(), LoRAConfig(r=2), seed=seed)
 
 
-def frozen_model() -> PreTrainedModel:
-    model = make_model()
+def frozen_model(seed: int = 0) -> PreTrainedModel:
+    model = make_model(seed)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layers.0" not in name and "embed" not in name)
     return model
@@ -252,6 +252,20 @@ def check_lora_checkpoint(folder: Path) -> dict[str, Any]:
         a, b = sharded(lora_model(), **where), sharded(lora_model(seed=4), **where)
         train(a, range(2))
         step = a.save_checkpoint(2).wait()
+        rest = train(a, range(2, 4))
+        b.load_checkpoint(step).wait()
+        results[kind] = [train(b, range(2, 4)) == rest, same(weights(a), weights(b))]
+    return results
+
+
+def check_frozen_checkpoint(folder: Path) -> dict[str, Any]:
+    results = {}
+    for kind in ("full", "sharded"):
+        where = {"checkpoint_dir": folder / f"frozen_{kind}", "checkpoint_format": kind}
+        a, b = sharded(frozen_model(), **where), sharded(frozen_model(seed=4), **where)
+        train(a, range(2))
+        step = a.save_checkpoint(2).wait()
+        torch.save(weights(a), folder / f"frozen_{kind}_{ranks.get_rank()}.pt")
         rest = train(a, range(2, 4))
         b.load_checkpoint(step).wait()
         results[kind] = [train(b, range(2, 4)) == rest, same(weights(a), weights(b))]

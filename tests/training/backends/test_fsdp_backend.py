@@ -59,8 +59,8 @@ def results_of(check: str, folder: Path) -> list[Any]:
 
 
 def tolerance(optimizer: str) -> float:
-    """Muon orthogonalizes in bfloat16: it rounds a product of shards otherwise."""
-    return 1e-4 if optimizer == "muon" else 1e-5
+    """Muon orthogonalizes in bfloat16: the number of threads alone moves these losses by 5e-5, two ranks by 1e-4."""
+    return 5e-4 if optimizer == "muon" else 1e-5
 
 
 def assert_close(a: list[dict[str, float]], b: list[dict[str, float]], atol: float = 1e-5) -> None:
@@ -92,7 +92,8 @@ def test_two_ranks_learn_what_one_does(fsdp_folder: Path, name: str) -> None:
         weights = torch.load(fsdp_folder / f"weights_{name}_{rank}.pt")
         assert weights.keys() == expected.keys()
         for key, value in weights.items():
-            torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=10 * tolerance(name), msg=key)
+            atol = 1e-3 if name == "muon" else 1e-4
+            torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=atol, msg=key)
 
 
 def test_mixed_precision_stays_near(fsdp_folder: Path) -> None:
@@ -174,6 +175,17 @@ def test_a_full_checkpoint_is_a_transformers_model(fsdp_folder: Path) -> None:
 def test_an_adapter_resumes_bit_for_bit(fsdp_folder: Path, kind: str) -> None:
     results = results_of("lora_checkpoint", fsdp_folder)
     assert results[0][kind] == results[1][kind] == [True, []]
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_frozen_weights_are_part_of_a_checkpoint(fsdp_folder: Path, kind: str) -> None:
+    """A model made with other values resumes with those of the run, on two ranks and on one device."""
+    for rank in range(2):
+        assert results_of("frozen_checkpoint", fsdp_folder)[rank][kind] == [True, []]
+    backend = worker.one_device(worker.frozen_model(seed=4), checkpoint_dir=fsdp_folder / f"frozen_{kind}")
+    backend.load_checkpoint(backend.find_checkpoint()).wait()
+    saved = torch.load(fsdp_folder / f"frozen_{kind}_0.pt")
+    assert not worker.same(worker.weights(backend), saved)
 
 
 @pytest.mark.parametrize("kind", ["full", "sharded"])

@@ -7,7 +7,10 @@ import gzip
 import json
 import logging
 import multiprocessing
+import os
 import random
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -397,3 +400,36 @@ def test_huggingface_format_loads_with_datasets(tmp_path: Path, tiny_tokenizer: 
         assert row["input_ids"] == sample.tokens
         assert row["labels"] == [t if m else -100 for t, m in zip(sample.tokens, sample.loss_mask, strict=True)]
         assert row["text"] == tiny_tokenizer.decode(sample.tokens)
+
+
+def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    script = (
+        "import sys, time; from pathlib import Path; from rollouts.training.datasets.dataset_loaders import _locked\n"
+        "with _locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    )
+    names = {name: cache / f"{c * 32}.x_1.tmp" for name, c in (("killed", "a"), ("working", "b"), ("young", "c"))}
+    names["foreign"] = cache / "notes.tmp"
+    for folder in names.values():
+        folder.mkdir()
+        (folder / "tokens.bin").write_bytes(b"1234")
+        made = time.time() + 3600 if folder == names["young"] else 1  # never old, however slow this test is
+        os.utime(folder, (made, made))
+    holders = [
+        subprocess.Popen([sys.executable, "-c", script, str(names[name])], stdout=subprocess.PIPE, text=True)
+        for name in ("killed", "working")
+    ]
+    try:
+        for holder in holders:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        holders[0].kill()
+        holders[0].wait()
+        samples = load_sft_dataset(write(tmp_path / "a.jsonl", [qa(1)]), tiny_tokenizer, cache_dir=cache)
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.wait()
+    assert len(samples) == 1
+    assert {name for name, folder in names.items() if folder.exists()} == {"working", "young", "foreign"}
+    assert not [path for path in cache.glob("*.tmp") if path not in names.values()]
