@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rollouts.errors import UserError
+from rollouts.models.products import PLAIN_LINEARS
 
 
 def base_of(model: Any) -> Any:
@@ -36,7 +37,7 @@ def merged_layers(model: nn.Module) -> dict[nn.Module, nn.Module]:
     for module in model.modules():
         if hasattr(module, "get_base_layer") and hasattr(module, "merge"):
             own = module.get_base_layer()
-            if not module.disable_adapters and not module.merged and type(own) in (nn.Linear, nn.Embedding):
+            if not module.disable_adapters and not module.merged and type(own) in (*PLAIN_LINEARS, nn.Embedding):
                 exact = copy.deepcopy(module).float()
                 exact.merge()
                 merged[module] = exact.get_base_layer().to(own.weight.dtype)

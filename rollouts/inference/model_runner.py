@@ -23,6 +23,7 @@ from rollouts.errors import UserError
 from rollouts.inference.adapters import merged_layers
 from rollouts.inference.attention import Step, paged_attention
 from rollouts.inference.kv_cache import KVCache
+from rollouts.models.products import PLAIN_LINEARS
 
 _PAGED_ATTENTION = "rollouts_paged"
 
@@ -120,8 +121,8 @@ class StructuredForward:
         return self._merged.get(module, module)
 
     def _linear(self, x: torch.Tensor, module: nn.Module) -> torch.Tensor:
-        module = self._plain(module)
-        return F.linear(x, module.weight, module.bias) if type(module) is nn.Linear else module(x)
+        plain = self._plain(module)
+        return F.linear(x, plain.weight, plain.bias) if type(plain) in PLAIN_LINEARS else plain(x)
 
     def parameters(self) -> list[torch.Tensor | None]:
         """Embedding, last norm, output layer, and 15 a layer in the order of ``Layer`` in step.cpp."""
@@ -143,7 +144,7 @@ class StructuredForward:
         linears = {n: self._plain(m) for n, m in self._model.named_modules() if n.endswith(("_proj", "lm_head"))}
         biased = {name for name, linear in linears.items() if getattr(linear, "bias", None) is not None}
         if (
-            any(type(linear) is not nn.Linear for linear in linears.values())
+            any(type(linear) not in PLAIN_LINEARS for linear in linears.values())
             or any(not name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")) for name in biased)
             or self.config.hidden_act != "silu"
         ):

@@ -120,6 +120,10 @@ class BFloat16Linear(nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
+# Layers that are one matrix product and a bias, and nothing else: what others may compute in their place.
+PLAIN_LINEARS = (nn.Linear, BFloat16Linear)
+
+
 def use_fast_products(model: nn.Module) -> None:
     """Turn the linear layers of ``model`` into ``BFloat16Linear`` where that is faster; weights stay what they are."""
     if _library() is None:

@@ -17,6 +17,7 @@ from rollouts.inference.model_runner import ModelShape, NativeForward, Structure
 from rollouts.inference.scheduler import Plan
 from rollouts.inference.sequences import Rows
 from rollouts.inference.step_inputs import make_step
+from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 
 MAX_LENGTH = 112
 
@@ -221,3 +222,10 @@ def test_models_that_the_compiled_step_cannot_read_use_torch_operators(
     assert isinstance(make_forward(make_peaked_model(dtype=torch.float16), MAX_LENGTH), StructuredForward)
     assert isinstance(make_forward(make_peaked_model(hidden_size=72, num_heads=4), MAX_LENGTH), StructuredForward)
     assert isinstance(make_forward(make_peaked_model(), MAX_LENGTH, native=False), StructuredForward)
+
+
+def test_a_model_in_training_is_served_by_the_compiled_step(make_peaked_model: Callable[..., PreTrainedModel]) -> None:
+    """Whatever a backend puts in the place of its linear layers."""
+    model = make_peaked_model(dtype=torch.bfloat16)
+    PyTorchTrainingBackend(model, lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+    assert isinstance(make_forward(model, MAX_LENGTH), NativeForward)

@@ -9,7 +9,7 @@ from torch import nn
 
 from rollouts.errors import UserError
 from rollouts.models.packed_attention import packed_mask, use_packed_attention
-from rollouts.models.products import BFloat16Linear
+from rollouts.models.products import PLAIN_LINEARS
 from rollouts.training.backends.protocol import Batch
 from rollouts.training.sft_losses import DeferredLogits, LossFn
 
@@ -41,7 +41,7 @@ class LossModel(nn.Module):
         use_packed_attention(self._causal_lm)
         self._scores = hasattr(self._causal_lm, "score")  # a sequence classifier; its own forward reads one token alone
         # An adapter on the output layer makes it more than one matrix product, too.
-        plain_head = type(self._causal_lm.get_output_embeddings()) in (nn.Linear, BFloat16Linear)
+        plain_head = type(self._causal_lm.get_output_embeddings()) in PLAIN_LINEARS
         self._defer = plain_head and not any(getattr(self._causal_lm.config, name, None) for name in _LOGIT_EXTRAS)
 
     def forward(self, batch: Batch, loss_fn: LossFn) -> Any:
