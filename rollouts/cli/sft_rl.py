@@ -22,6 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "one recipe, as two runs in RUN/sft and RUN/rl. Running it again in the same run folder goes on.",
     )
     add_recipe_arguments(parser)
+    parser.epilog = "Every key of the recipe is a flag too, for example --sft.train.batch_size 16 --rl.algorithm dapo."
 
 
 def run(args: argparse.Namespace) -> int:
