@@ -133,9 +133,11 @@ def test_ctrl_c_ends_the_run_at_once_and_the_same_command_resumes_it(
             signal.raise_signal(signal.SIGINT)
 
     path, run = recipe(), tmp_path / "run"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with monkeypatch.context() as patch:
         patch.setattr(JSONLLogger, "log", press_ctrl_c_after_step_3)
         assert main(["sft", path]) == 130
+    signal.signal(signal.SIGINT, before)
     assert f"the same command resumes {run}" in capsys.readouterr().err
     assert steps_of(run) == [1, 2, 3]
     assert main(["sft", path]) == 0
