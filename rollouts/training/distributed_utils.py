@@ -103,4 +103,4 @@ def cleanup() -> None:
         gc.collect()
         # gloo's threads release the tensors of a finished exchange a little after its caller was let go, and need the
         # interpreter for that: one that is on its way out aborts the process ("terminate called without ...").
-        time.sleep(0.2)
+        time.sleep(0.5)

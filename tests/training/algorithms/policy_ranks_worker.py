@@ -14,6 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from rollouts.training.algorithms.corrections import named_correction
 from rollouts.training.algorithms.policy_losses import PolicyLossConfig, make_policy_loss
 from rollouts.training.backends import FSDPConfig, OptimizerConfig, create_fsdp_backend, create_pytorch_backend
+from rollouts.training.distributed_utils import cleanup
 from rollouts.training.loops.rl_batches import collate_rl_step
 from rollouts.training.types import Sample
 
@@ -75,7 +76,7 @@ def main(folder: Path, ranks: int) -> None:
     if ranks == 1 or torch.distributed.get_rank() == 0:
         (folder / f"{ranks}.json").write_text(json.dumps(found))
     if ranks > 1:
-        torch.distributed.destroy_process_group()
+        cleanup()
 
 
 if __name__ == "__main__":
