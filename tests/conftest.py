@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +36,13 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real data here: set ROLLOUTS_TEST_DATA to the folder that holds it")
     return folder
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """For tests of compiled code: skipped where nothing can compile it, failing where something cannot be compiled."""
+    if platform.system() != "Linux" or shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("compiled code needs Linux and g++")
 
 
 PEOPLE = "Anna Boris Clara David Elena Farid Grace Hugo Irina Jonas Kamila Leo Marta Nadia Oscar Priya"

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from rollouts.inference import native
 from rollouts.inference.forward import make_forward
 from rollouts.inference.kv_cache import KVCache
 from rollouts.inference.model_runner import ModelShape, NativeForward, StructuredForward
@@ -21,7 +20,7 @@ from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 
 MAX_LENGTH = 112
 
-pytestmark = pytest.mark.skipif(native.native_library() is None, reason="no compiler here")
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 def random_state(model: PreTrainedModel, num_rows: int, seed: int = 0) -> tuple[Rows, KVCache]:

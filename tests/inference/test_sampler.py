@@ -91,7 +91,7 @@ def test_tokens_follow_the_distribution_that_transformers_would_sample_from(
     assert_follows(draw(logits, params), warped[0].softmax(-1))
 
 
-@pytest.mark.skipif(native_library() is None, reason="no compiler here")
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
 @pytest.mark.parametrize("vocab_size", [1, 5, 16, 61, 4096])
 def test_the_compiled_sampler_equals_torch_operators(temperature: float, vocab_size: int) -> None:
@@ -109,7 +109,7 @@ def test_the_compiled_sampler_equals_torch_operators(temperature: float, vocab_s
     torch.testing.assert_close(got.raw_log_probs[same], expected.raw_log_probs[same], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.skipif(native_library() is None, reason="no compiler here")
+@pytest.mark.usefixtures("compiler")
 def test_the_compiled_sampler_follows_the_distribution() -> None:
     logits = torch.randn(60, generator=torch.Generator().manual_seed(1)) * 2
     logits[::7] = -math.inf

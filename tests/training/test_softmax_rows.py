@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from rollouts.native import native_library
-from rollouts.training import softmax_rows
 from rollouts.training.softmax_rows import IMPOSSIBLE, RowColumns, softmax_rows_
 
-
-@pytest.fixture(autouse=True, params=["compiled", "torch"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test runs with the compiled rows and with the torch operators that stand in for them."""
-    if request.param == "torch":
-        monkeypatch.setattr(softmax_rows, "native_library", lambda source: None)
-    elif native_library(Path(softmax_rows.__file__).with_suffix(".cpp")) is None:
-        pytest.skip("no compiler here")
-    return request.param
+pytestmark = pytest.mark.usefixtures("either_softmax")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

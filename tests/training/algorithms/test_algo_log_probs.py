@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,21 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rollouts.native import native_library
-from rollouts.training import softmax_rows
 from rollouts.training.algorithms import log_probs as module
 from rollouts.training.algorithms.log_probs import learned_positions, token_log_probs, token_statistics
 from rollouts.training.sft_losses import DeferredLogits
 
-
-@pytest.fixture(autouse=True, params=["compiled", "torch"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test runs with the compiled rows and with the torch operators that stand in for them."""
-    if request.param == "torch":
-        monkeypatch.setattr(softmax_rows, "native_library", lambda source: None)
-    elif native_library(Path(softmax_rows.__file__).with_suffix(".cpp")) is None:
-        pytest.skip("no compiler here")
-    return request.param
+pytestmark = pytest.mark.usefixtures("either_softmax")
 
 
 def numpy_statistics(logits: np.ndarray, targets: np.ndarray, ref: np.ndarray, temperature: float) -> list[np.ndarray]:
