@@ -32,6 +32,7 @@ class TrainFuture(Generic[T]):
     def __init__(self, operation: str = "") -> None:
         self.operation = operation
         self._done = threading.Event()
+        self._reading = threading.Lock()
         self._value: T | None = None
         self._read: Callable[[], T] | None = None
         self._error: BaseException | None = None
@@ -67,8 +68,9 @@ class TrainFuture(Generic[T]):
             raise TimeoutError(f"{self.operation or 'operation'} did not complete in {timeout} s")
         if self._error is not None:
             raise self._error
-        if self._read is not None:
-            self._value, self._read = self._read(), None
+        with self._reading:  # whoever waits, in whatever thread, it is read once
+            if self._read is not None:
+                self._value, self._read = self._read(), None
         return self._value  # type: ignore[return-value]
 
     def result(self) -> TrainFuture[T]:

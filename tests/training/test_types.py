@@ -7,6 +7,7 @@ import dataclasses
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anyio
@@ -175,6 +176,26 @@ def test_a_lazy_result_is_read_once_and_not_before_it_is_asked_for() -> None:
     future.set_lazy_result(lambda: reads.append(1) or len(reads))  # type: ignore[func-returns-value]
     assert future.done() and not reads
     assert wait_in_every_way(future) == [1] * 5
+    assert reads == [1]
+
+
+def test_a_lazy_result_is_read_once_by_two_threads() -> None:
+    both_wait, reads = threading.Barrier(2, timeout=60), []
+
+    def read() -> int:
+        reads.append(1)
+        time.sleep(0.1)  # the other thread comes to wait meanwhile
+        return 7
+
+    future: TrainFuture[int] = TrainFuture("x")
+    future.set_lazy_result(read)
+
+    def wait() -> int:
+        both_wait.wait()
+        return future.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [each.result() for each in [pool.submit(wait), pool.submit(wait)]] == [7, 7]
     assert reads == [1]
 
 
