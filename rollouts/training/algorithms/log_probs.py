@@ -38,6 +38,20 @@ class TokenStatistics(NamedTuple):
     collision: torch.Tensor | None = None
 
 
+class ReferenceStates(NamedTuple):
+    """A reference model's logits at N learned tokens, not yet computed: ``hidden @ weight.T (+ bias)``.
+
+    Attributes:
+        hidden: [N, D'], its last hidden states before the tokens.
+        weight: [V, D']; None = the policy's own output layer is the reference's too (a base beneath an adapter).
+        bias: [V] or None.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None = None
+
+
 def learned_positions(logits: torch.Tensor | DeferredLogits, loss_mask: torch.Tensor) -> torch.Tensor:
     """Flat positions [N] int64 of the tokens to learn: mask [B, S] not 0, and not the first of a row."""
     if isinstance(logits, DeferredLogits) and logits.loss_positions is not None:
@@ -79,15 +93,15 @@ def token_statistics(
     entropy: bool = False,
     entropy_gradient: bool = True,
     collision: bool = False,
-    ref_logits: torch.Tensor | None = None,
+    ref_logits: torch.Tensor | ReferenceStates | None = None,
 ) -> TokenStatistics:
     """As ``token_log_probs``, with more to ask for.
 
     Args:
         entropy_gradient: False gives an entropy to look at: cheaper, for only log-probs are then differentiated.
         collision: also give ``sum_v p(v)²``, which the optimal token baseline needs.
-        ref_logits: [N, V] of a reference model at the same tokens, any floating dtype: also give the full KL to it,
-            both distributions at ``temperature``.
+        ref_logits: [N, V] of a reference model at the same tokens, any floating dtype, or the states to compute them
+            from, chunk by chunk: also give the full KL to it, both distributions at ``temperature``.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}: greedy sampling has no log-probabilities")
@@ -98,7 +112,10 @@ def token_statistics(
     else:
         source, weight, bias = logits.flatten(0, 1), None, None
     wants = _Wants(1.0 / temperature, entropy, entropy and entropy_gradient, collision)
-    found = _TokenStatistics.apply(source, weight, bias, rows, targets, ref_logits, wants)
+    ref: tuple[torch.Tensor | None, ...] = ref_logits, None, None  # type: ignore[assignment]
+    if isinstance(ref_logits, ReferenceStates):
+        ref = ref_logits if ref_logits.weight is not None else (ref_logits.hidden, weight, bias)
+    found = _TokenStatistics.apply(source, weight, bias, rows, targets, *ref, wants)
     return TokenStatistics(*found)
 
 
@@ -124,10 +141,12 @@ class _TokenStatistics(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, source, weight, bias, rows, targets, ref_logits, wants):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, source, weight, bias, rows, targets, ref, ref_weight, ref_bias, wants
+    ):
         n_rows, vocab = len(rows), (source if weight is None else weight).shape[1 if weight is None else 0]
         ctx.wants, ctx.step = wants, max(64, CHUNK_ELEMENTS // vocab)
-        ctx.general = wants.entropy_gradient or ref_logits is not None
+        ctx.general = wants.entropy_gradient or ref is not None
         need_source, need_weight, need_bias = ctx.needs_input_grad[:3]
         need_any = need_source or need_weight or need_bias
         keep_products = weight is not None and not ctx.general and not need_weight and not need_bias
@@ -136,7 +155,7 @@ class _TokenStatistics(torch.autograd.Function):
         def column(wanted: bool) -> Any:
             return source.new_empty(n_rows, dtype=torch.float32) if wanted else None
 
-        log_probs, log_z, full_kl = column(True), column(True), column(ref_logits is not None)
+        log_probs, log_z, full_kl = column(True), column(True), column(ref is not None)
         entropy, collision = column(wants.entropy), column(wants.collision)
         kept: list[torch.Tensor | None] = []
         for start in range(0, n_rows, ctx.step):
@@ -146,7 +165,8 @@ class _TokenStatistics(torch.autograd.Function):
             columns = RowColumns(**{name: x[chunk] for name, x in given.items() if x is not None})
             if full_kl is not None:
                 scores = torch.log_softmax(scaled_logits(logits, wants.scale), dim=1).clamp_(min=IMPOSSIBLE)
-                full_kl[chunk] = row_products(scores.exp(), scores - _reference(ref_logits[chunk], wants.scale))
+                others = _reference(ref, ref_weight, ref_bias, chunk, wants.scale)
+                full_kl[chunk] = row_products(scores.exp(), scores - others)
             gradient = softmax_rows_(logits, targets[chunk], wants.scale, need_any and not ctx.general, columns)
             if not need_any:
                 continue
@@ -165,7 +185,9 @@ class _TokenStatistics(torch.autograd.Function):
             bias,
             rows,
             targets,
-            ref_logits,
+            ref,
+            ref_weight,
+            ref_bias,
             log_z,
             entropy,
             full_kl,
@@ -179,7 +201,8 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_log_probs, grad_entropy, grad_kl, _):  # type: ignore[no-untyped-def]
-        source, weight, bias, rows, targets, ref_logits, log_z, entropy, full_kl, *saved = ctx.saved_tensors
+        source, weight, bias, rows, targets, ref, ref_weight, ref_bias, *more = ctx.saved_tensors
+        log_z, entropy, full_kl, *saved = more
         scale = ctx.wants.scale
         if grad_log_probs is None:
             grad_log_probs = source.new_zeros(len(rows), dtype=torch.float32)
@@ -203,7 +226,7 @@ class _TokenStatistics(torch.autograd.Function):
                 if grad_entropy is not None:
                     wide *= -grad_entropy[chunk, None]
                 if grad_kl is not None:
-                    gap = scores - _reference(ref_logits[chunk], scale) - full_kl[chunk, None]
+                    gap = scores - _reference(ref, ref_weight, ref_bias, chunk, scale) - full_kl[chunk, None]
                     wide.addcmul_(gap, grad_kl[chunk, None])
                 wide -= grad_log_probs[chunk, None]
                 wide *= scores.exp_()
@@ -232,7 +255,7 @@ class _TokenStatistics(torch.autograd.Function):
             grad_source,
             None if grad_weight is None else grad_weight.to(dtype),
             None if grad_bias is None else grad_bias.to(dtype),
-            None, None, None, None,
+            None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -244,5 +267,9 @@ def _chunk_logits(
     return picked if weight is None else project(picked, weight, bias)
 
 
-def _reference(logits: torch.Tensor, scale: float) -> torch.Tensor:
+def _reference(
+    ref: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, chunk: slice, scale: float
+) -> torch.Tensor:
+    """Log-probs [n, V] of some rows of a reference's logits [N, V], or of its hidden states where there is a weight."""
+    logits = ref[chunk] if weight is None else project(ref[chunk], weight, bias)
     return torch.log_softmax(scaled_logits(logits, scale), dim=1).clamp_(min=IMPOSSIBLE)

@@ -16,7 +16,7 @@ from rollouts.errors import UserError
 from rollouts.training.algorithms.aggregation import Sequences, aggregate, check_aggregation
 from rollouts.training.algorithms.corrections import CorrectionConfig, correction_terms
 from rollouts.training.algorithms.kl import bounded_exp, check_kl_kind, kl_penalty
-from rollouts.training.algorithms.log_probs import learned_positions, token_statistics
+from rollouts.training.algorithms.log_probs import ReferenceStates, learned_positions, token_statistics
 from rollouts.training.sft_losses import DeferredLogits, LossFn, LossOutput, accepts_deferred_logits
 
 
@@ -296,9 +296,9 @@ def make_policy_loss(config: PolicyLossConfig) -> LossFn:
     It is called as ``loss_fn(logits, labels, loss_mask, **fields)`` with logits [B, P, V] or ``DeferredLogits``. Fields
     of the N learned tokens, in the order of their positions: ``advantages`` and ``sequence_ids`` (int64); optional
     ``old_log_probs`` (without them the step is taken for on-policy: ρ = 1), ``rollout_log_probs`` (mismatch is measured
-    and corrected), ``ref_log_probs`` and ``ref_logits`` [N, V] (KL to the reference), ``token_weights`` (multiply the
-    policy loss, in place of ``config.correction``) and ``selected`` (see ``step_fields``). Other fields are not looked
-    at. Every micro-batch of a step has the same fields.
+    and corrected), ``ref_log_probs`` (KL to the reference) and, for KL ``full``, the reference's ``ref_logits`` ([N, V]
+    or ``ReferenceStates``), ``token_weights`` (multiply the policy loss, in place of ``config.correction``) and
+    ``selected`` (see ``step_fields``). Other fields are not looked at. Every micro-batch of a step has the same fields.
 
     Returns of it:
         LossOutput: the sum of the loss under ``config.aggregate_by`` with the count to divide it by, and as metrics
@@ -318,7 +318,7 @@ def make_policy_loss(config: PolicyLossConfig) -> LossFn:
         old_log_probs: torch.Tensor | None = None,
         rollout_log_probs: torch.Tensor | None = None,
         ref_log_probs: torch.Tensor | None = None,
-        ref_logits: torch.Tensor | None = None,
+        ref_logits: torch.Tensor | ReferenceStates | None = None,
         token_weights: torch.Tensor | None = None,
         selected: torch.Tensor | None = None,
         **unused: Any,

@@ -28,7 +28,7 @@ from rollouts.training.backends.optimizers import (
     trainable_parameters,
 )
 from rollouts.training.backends.protocol import Batch, Metrics
-from rollouts.training.backends.readers import collision_reader, log_prob_reader, read_values
+from rollouts.training.backends.readers import collision_reader, log_prob_reader, read_values, reference_reader
 from rollouts.training.backends.sharded import has_shards, read_shards
 from rollouts.training.checkpoints import (
     checkpoint_transaction,
@@ -150,6 +150,11 @@ class PyTorchTrainingBackend:
 
     def compute_values(self, batch: Batch | Sequence[Batch]) -> TrainFuture[list[torch.Tensor]]:
         return self._submit("compute_values", lambda: self._read(_as_list(batch), read_values))
+
+    def compute_base_states(self, batches: Sequence[Batch]) -> TrainFuture[list[Any]]:
+        """``ref_logits`` of each micro-batch by the base beneath the adapter; see ``reference_reader``."""
+        reader = reference_reader(is_base=True)
+        return self._submit("compute_base_states", lambda: self._read(batches, reader, adapter=False))
 
     def save_checkpoint(
         self, step: int, metrics: Metrics | None = None, state: dict[str, Any] | None = None

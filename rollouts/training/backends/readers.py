@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 
-from rollouts.training.algorithms.log_probs import learned_positions, token_log_probs, token_statistics
+from rollouts.training.algorithms.log_probs import (
+    ReferenceStates,
+    learned_positions,
+    token_log_probs,
+    token_statistics,
+)
 from rollouts.training.algorithms.value import scalar_outputs
 from rollouts.training.sft_losses import DeferredLogits, LossFn, accepts_deferred_logits
 
@@ -22,6 +27,25 @@ def log_prob_reader(temperature: float) -> LossFn:
     @accepts_deferred_logits
     def read(logits: Logits, labels: torch.Tensor, loss_mask: torch.Tensor, **_: Any) -> torch.Tensor:
         return token_log_probs(logits, labels, learned_positions(logits, loss_mask), temperature)[0]
+
+    return read
+
+
+def reference_reader(is_base: bool = False) -> LossFn:
+    """A function with a loss's arguments that gives what a reference's logits at the learned tokens are made of: the
+    states before them, or the logits [N, V] of a model that computes them itself.
+
+    Args:
+        is_base: the reference is the policy without its adapter, so that they have one output layer.
+    """
+
+    @accepts_deferred_logits
+    def read(logits: Logits, labels: torch.Tensor, loss_mask: torch.Tensor, **_: Any) -> Any:
+        rows = learned_positions(logits, loss_mask) - 1
+        if not isinstance(logits, DeferredLogits):
+            return logits.flatten(0, 1)[rows]
+        states = logits.hidden.flatten(0, 1)[rows]
+        return ReferenceStates(states, None) if is_base else ReferenceStates(states, logits.weight, logits.bias)
 
     return read
 

@@ -14,7 +14,7 @@ from rollouts.models.load import cast_parameters
 from rollouts.training.backends.loss_model import LossModel
 from rollouts.training.backends.protocol import Batch
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
-from rollouts.training.backends.readers import log_prob_reader
+from rollouts.training.backends.readers import log_prob_reader, reference_reader
 from rollouts.training.types import ImmediateTrainFuture, TrainFuture
 
 
@@ -52,6 +52,12 @@ class FrozenModel:
         read = log_prob_reader(temperature)
         return ImmediateTrainFuture([self._loss_model(_on(self.device, b), read) for b in batches], "compute_log_probs")
 
+    @torch.no_grad()
+    def compute_states(self, batches: Sequence[Batch]) -> TrainFuture[list[Any]]:
+        """``ref_logits`` of each micro-batch, for a policy loss with KL ``full``."""
+        read = reference_reader()
+        return ImmediateTrainFuture([self._loss_model(_on(self.device, b), read) for b in batches], "compute_states")
+
 
 class BaseModel:
     """The base beneath a backend's adapter: the policy before training, at no cost in memory.
@@ -70,6 +76,10 @@ class BaseModel:
     ) -> TrainFuture[list[torch.Tensor]]:
         """As ``TrainingBackend.compute_log_probs``."""
         return self._backend.compute_log_probs(batch, temperature, adapter=False)
+
+    def compute_states(self, batches: Sequence[Batch]) -> TrainFuture[list[Any]]:
+        """As ``FrozenModel.compute_states``."""
+        return self._backend.compute_base_states(batches)
 
 
 def _on(device: torch.device, batch: Batch) -> Batch:

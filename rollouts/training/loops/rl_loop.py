@@ -32,6 +32,7 @@ from rollouts.training.loops.rl_step import (
     ProcessRewards,
     RLModels,
     learn_from_rollouts,
+    measures_full_kl,
     own_log_probs,
     perform,
     policy_loss,
@@ -91,7 +92,7 @@ async def run_rl_training(
         FloatingPointError: ``max_bad_steps`` gradients in a row were not finite.
     """
     _check(backend, data_buffer, rollout_manager, inference_engines, config)
-    models = _prepare_models(backend, reference, critic, process, config)
+    models = prepare_models(backend, reference, critic, process, config)
     logger = metrics_logger or ConsoleLogger(config.num_steps, config.log_every, title="RL")
     watch = Stopwatch()
     step, history = 0, []
@@ -360,14 +361,17 @@ def _engines_of(engines: Sequence[InferenceEngine] | WeightSyncManager) -> Seque
     return engines.engines if isinstance(engines, WeightSyncManager) else engines
 
 
-def _prepare_models(
+def prepare_models(
     policy: PyTorchTrainingBackend,
     reference: LogProbSource | None,
     critic: PyTorchTrainingBackend | None,
     process: ProcessRewards | None,
     config: RLTrainingConfig,
 ) -> RLModels:
+    """The models of a run, the policy with the run's loss. Raises UserError for those that do not fit together."""
     loss = policy_loss(config, policy)
+    if measures_full_kl(loss) and reference is not None and not hasattr(reference, "compute_states"):
+        raise UserError("KL kind full needs a FrozenModel or a BaseModel as the reference; k3 needs log-probs only")
     policy.loss_fn = make_policy_loss(loss) if isinstance(loss, PolicyLossConfig) else loss
     policy.max_bad_steps, policy.keep_checkpoints = config.max_bad_steps, config.keep_checkpoints
     models = RLModels(policy, loss, reference, critic, process)

@@ -39,7 +39,10 @@ Arrays = list[np.ndarray]
 
 
 class LogProbSource(Protocol):
-    """A reference model, or anything else that knows log-probs of tokens."""
+    """A reference model, or anything else that knows log-probs of tokens.
+
+    One that KL ``full`` is measured against also has ``compute_states(batches)``, see ``FrozenModel``.
+    """
 
     def compute_log_probs(self, batch: Batch | Sequence[Batch], temperature: float = 1.0) -> TrainFuture[list[Any]]: ...
 
@@ -107,7 +110,7 @@ async def learn_from_rollouts(
                 samples,
                 config,
             )
-        if models.reference is not None:
+        if models.reference is not None and needs_ref_log_probs(config, models.loss):
             columns["ref_log_probs"] = await read_log_probs(models.reference, models.policy, samples, config)
         if models.critic is not None:
             columns["values"] = await read_per_token(models.critic.compute_values, models.policy, samples, config)
@@ -165,6 +168,10 @@ async def update(models: RLModels, batches: list[Batch], config: RLTrainingConfi
         updated = await perform(critic.optim_step, config)
         metrics |= {f"critic/{name}": value for name, value in {**learned, **updated}.items() if name != "step"}
     if step >= config.value_steps:
+        if models.reference is not None and measures_full_kl(models.loss):
+            reference: Any = models.reference
+            states = await perform(lambda: reference.compute_states(batches), config)
+            batches = [{**batch, "ref_logits": found} for batch, found in zip(batches, states, strict=True)]
         learned = await perform(lambda: policy.forward_backward(batches), config)
         updated = await perform(lambda: policy.optim_step(lr=config.learning_rate), config)
         metrics |= learned | {name: value for name, value in updated.items() if name != "step"}
@@ -265,6 +272,16 @@ def needs_old_log_probs(config: RLTrainingConfig, loss: PolicyLossConfig | LossF
     own_loss = not isinstance(loss, PolicyLossConfig)
     by_advantage = config.kl_in_reward > 0 or config.advantage == "optimal_token_baseline"
     return several or by_name or own_loss or by_advantage
+
+
+def needs_ref_log_probs(config: RLTrainingConfig, loss: PolicyLossConfig | LossFn) -> bool:
+    """Whether the reference's log-probs are asked for: KL ``full`` takes its whole distributions in their place."""
+    return config.kl_in_reward > 0 or not isinstance(loss, PolicyLossConfig) or loss.kl != "full"
+
+
+def measures_full_kl(loss: PolicyLossConfig | LossFn) -> bool:
+    """Whether the loss takes the reference's distributions over the vocabulary."""
+    return isinstance(loss, PolicyLossConfig) and loss.kl.startswith("full")
 
 
 def select_tokens(

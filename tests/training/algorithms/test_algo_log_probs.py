@@ -12,7 +12,12 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollouts.training.algorithms import log_probs as module
-from rollouts.training.algorithms.log_probs import learned_positions, token_log_probs, token_statistics
+from rollouts.training.algorithms.log_probs import (
+    ReferenceStates,
+    learned_positions,
+    token_log_probs,
+    token_statistics,
+)
 from rollouts.training.sft_losses import DeferredLogits
 
 pytestmark = pytest.mark.usefixtures("either_softmax")
@@ -126,6 +131,28 @@ def test_gradients_are_finite_differences() -> None:
             below = value()
             array[place] = before
             assert leaf.grad[place].item() == pytest.approx((above - below) / 2e-5, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("shares_head", [True, False])
+def test_a_references_states_do_as_well_as_its_logits(shares_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an output layer of its own, of another width, or with the policy's; neither gets a gradient from it."""
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
+    hidden, weight, bias, labels, positions, _ = case(6, tokens=300)
+    head = (weight.detach(), bias.detach()) if shares_head else (torch.randn(13, 4), torch.randn(13))
+    states = torch.randn(len(positions), head[0].shape[1])
+    late = DeferredLogits(hidden, weight, bias)
+
+    def full_kl(reference: Any) -> torch.Tensor:
+        found = token_statistics(late, labels, positions, 0.8, ref_logits=reference).full_kl
+        assert found is not None and len(found) > 64 * 3
+        return found
+
+    given = ReferenceStates(states, None) if shares_head else ReferenceStates(states, *head)
+    expected = full_kl(F.linear(states, *head))
+    torch.testing.assert_close(full_kl(given), expected)
+    leaves = [hidden, weight, bias]
+    for x, y in zip(gradients(lambda: full_kl(given).sum(), leaves), gradients(expected.sum, leaves), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("entropy_gradient", [True, False])

@@ -19,6 +19,7 @@ from rollouts.models.lora import LoRAConfig, add_lora
 from rollouts.training import (
     EngineGenerate,
     OptimizerConfig,
+    PyTorchTrainingBackend,
     RLTrainingConfig,
     Sample,
     create_pytorch_backend,
@@ -28,7 +29,9 @@ from rollouts.training.algorithms.reward_model import make_prime_loss
 from rollouts.training.algorithms.value import make_value_loss
 from rollouts.training.backends.reference import BaseModel, FrozenModel
 from rollouts.training.loops.rl_batches import prepare_rl_batch
-from rollouts.training.loops.rl_step import ProcessRewards
+from rollouts.training.loops.rl_loop import prepare_models
+from rollouts.training.loops.rl_metrics import Stopwatch
+from rollouts.training.loops.rl_step import ProcessRewards, learn_from_rollouts
 from rollouts.training.rollout_gen.greedy import GreedyBaselines
 
 
@@ -167,6 +170,85 @@ def test_references_agree_and_hold_the_policy_back(make_tiny_model, tiny_tokeniz
     assert np.mean(paid[-5:]) < 0.8 * np.mean(free[-5:]), (free, paid)
 
 
+def full_kl_by_hand(
+    policy: torch.nn.Module, reference: torch.nn.Module, samples: list[Sample], temperature: float
+) -> torch.Tensor:
+    """Mean over learned tokens of sum_v p (log p - log q), one sample at a time and through autograd."""
+    per_token = []
+    for sample in samples:
+        ids = torch.tensor([sample.tokens])
+        log_p = torch.log_softmax(policy(ids).logits[0, :-1] / temperature, -1)
+        with torch.no_grad():
+            log_q = torch.log_softmax(reference(ids).logits[0, :-1] / temperature, -1)
+        learned = torch.tensor(sample.loss_mask[1:]) > 0
+        per_token.append((log_p.exp() * (log_p - log_q)).sum(-1)[learned])
+    return torch.cat(per_token).mean()
+
+
+def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+
+
+@pytest.mark.parametrize("max_tokens", [1000, 20])
+@pytest.mark.parametrize("kind", ["frozen", "base"])
+@pytest.mark.parametrize("kl", ["full", "full+"])
+def test_full_kl_is_the_sum_over_the_vocabulary(make_tiny_model, kl: str, kind: str, max_tokens: int) -> None:
+    """One step from rewards that all agree, so that nothing but the KL moves the policy; however it is divided."""
+    reference = make_tiny_model().eval()
+    policy = copy.deepcopy(reference)
+    if kind == "base":
+        policy = add_lora(policy, LoRAConfig(r=4)).eval()
+    torch.manual_seed(1)
+    for parameter in policy.parameters():
+        parameter.data += 0.03 * torch.randn_like(parameter) * parameter.requires_grad
+    rng = np.random.default_rng(0)
+    samples = []
+    for i, (prompt, response) in enumerate([(3, 5), (3, 2), (4, 6), (4, 1), (4, 3)]):
+        shared = np.random.default_rng(prompt).integers(5, 200, prompt).tolist()  # a group's prompt
+        tokens = shared + rng.integers(5, 200, response).tolist()
+        mask = [0.0] * prompt + [1.0] * response
+        samples.append(Sample(tokens=tokens, loss_mask=mask, reward=0.5, group_id=str(prompt), id=str(i)))
+
+    by_hand = copy.deepcopy(policy)
+    loss = full_kl_by_hand(by_hand, reference, samples, 0.7)
+    if kl == "full":
+        (2.0 * loss).backward()
+        with torch.no_grad():
+            for parameter in by_hand.parameters():
+                if parameter.grad is not None:
+                    parameter -= parameter.grad
+
+    backend = PyTorchTrainingBackend(policy, sgd, max_grad_norm=None)
+    config = RLTrainingConfig(
+        loss={"kl": kl, "kl_coef": 2.0}, temperature=0.7, max_tokens_per_micro_batch=max_tokens, num_steps=1
+    )
+    given = BaseModel(backend) if kind == "base" else FrozenModel(reference)
+    models = prepare_models(backend, given, None, None, config)
+    metrics = asyncio.run(learn_from_rollouts(models, samples, config, 0, Stopwatch()))
+    assert metrics["kl_ref"] == pytest.approx(loss.item(), rel=1e-4) and loss > 1e-3
+    if kl == "full":
+        for (name, ours), theirs in zip(policy.named_parameters(), by_hand.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_full_kl_holds_the_policy_back(make_tiny_model, tiny_tokenizer) -> None:
+    def moved(kl_coef: float) -> list[float]:
+        run = Run(make_tiny_model(), tiny_tokenizer)
+        config = RLTrainingConfig(num_steps=12, mini_batches=2, loss={"kl_coef": kl_coef, "kl": "full"})
+        return [row["kl_ref"] for row in run.train(config, reference=FrozenModel(make_tiny_model()))]
+
+    free, held = moved(0.0), moved(10.0)
+    assert free[0] >= -1e-6 and free[-1] > 1e-3
+    assert np.mean(held[-5:]) < 0.8 * np.mean(free[-5:]), (free, held)
+
+
+class LogProbsOnly:
+    """A reference that knows no more than log-probs."""
+
+    def compute_log_probs(self, batch: Any, temperature: float = 1.0) -> Any:
+        raise AssertionError("never asked")
+
+
 def test_what_is_missing_is_named(make_tiny_model, tiny_tokenizer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="adapter"):
         BaseModel(create_pytorch_backend(make_tiny_model()))
@@ -175,6 +257,7 @@ def test_what_is_missing_is_named(make_tiny_model, tiny_tokenizer, tmp_path: Pat
         (RLTrainingConfig(num_steps=1, advantage="remax"), {}, "greedy"),
         (RLTrainingConfig(num_steps=1, loss={"kl_coef": 0.1}), {}, "reference"),
         (RLTrainingConfig(num_steps=1, advantage="gae"), {"critic": critic_of(make_tiny_model())}, "checkpoint_dir"),
+        (RLTrainingConfig(num_steps=1, loss={"kl": "full"}), {"reference": LogProbsOnly()}, "FrozenModel"),
     ):
         with pytest.raises(UserError, match=message):
             Run(make_tiny_model(), tiny_tokenizer, tmp_path).train(config, **more)
