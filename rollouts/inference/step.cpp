@@ -15,9 +15,6 @@
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 #include "vectors.h"
 
@@ -302,49 +299,66 @@ struct Query {
   int64_t first, end;
 };
 
-// Scores of N queries with the keys of NP pages, [d, 16] each; the pages' values are on their way meanwhile.
+// Keys and values of one head in the pages of one row, page p at keys + pages[p] * page_size.
+template <typename W>
+struct Cached {
+  const W *keys, *values;
+  const int32_t* pages;
+};
+
+// Scores of N queries with the keys of NP pages from page p on, [d, 16] each; pages of `next` are on their way meanwhile.
 template <int N, int NP, typename W>
-inline void page_scores(const Query* queries, const W* keys, const W* values, size_t page_size, const int32_t* pages,
+inline void page_scores(const Query* queries, const Cached<W>& cached, const Cached<W>& next, int64_t p, size_t page_size,
                         int64_t d, float scale, float* scores, int64_t stride) {
   f16 acc[NP][N] = {};
-  const W *k[NP], *v[NP];
-  for (int p = 0; p < NP; p++) k[p] = keys + pages[p] * page_size, v[p] = values + pages[p] * page_size;
+  const W *k[NP], *k_next[NP];
+  const float* q[N];
+  for (int i = 0; i < NP; i++) {
+    k[i] = cached.keys + cached.pages[p + i] * page_size;
+    k_next[i] = next.keys + next.pages[p + i] * page_size;
+  }
+  for (int n = 0; n < N; n++) q[n] = queries[n].q;
   for (int64_t i = 0; i < d; i++)
-    for (int p = 0; p < NP; p++) {
-      if (sizeof(W) == 4 || i % 2 == 0) __builtin_prefetch(v[p] + i * 16);
-      const f16 key = load(k[p] + i * 16);
-      for (int n = 0; n < N; n++) acc[p][n] += key * queries[n].q[i];
+    for (int j = 0; j < NP; j++) {
+      if (sizeof(W) == 4 || i % 2 == 0) __builtin_prefetch(k_next[j] + i * 16, 0, 2);
+      const f16 key = load(k[j] + i * 16);
+      for (int n = 0; n < N; n++) acc[j][n] += key * q[n][i];
     }
-  for (int p = 0; p < NP; p++)
-    for (int n = 0; n < N; n++) *(f16*)(scores + n * stride + p * 16) = acc[p][n] * scale;
+  for (int j = 0; j < NP; j++)
+    for (int n = 0; n < N; n++) *(f16*)(scores + n * stride + (p + j) * 16) = acc[j][n] * scale;
 }
 
 // NC times sixteen columns of the weighted sums of values over tokens [first, end) of pages [16, d]: the sum over tokens
-// in even places and that over those in odd ones.
+// in even places and that over those in odd ones, times a factor a query.
 template <int N, int NC, typename W>
-inline void weigh_values(const float* weights, int64_t stride, const W* values, size_t page_size, const int32_t* pages,
-                         int64_t first, int64_t end, int64_t d, int64_t column, float* out) {
+inline void weigh_values(const float* weights, int64_t stride, const Cached<W>& cached, const Cached<W>& next,
+                         size_t page_size, int64_t first, int64_t end, int64_t d, int64_t column, const float* factors,
+                         float* out) {
   f16 acc[2][N][NC] = {};
-  auto add = [&](int64_t j, int odd) {
-    const W* v = values + pages[j / 16] * page_size + (j % 16) * d + column;
+  auto add = [&](const W* v, ptrdiff_t ahead, int64_t j, int odd) {
+    __builtin_prefetch(v + ahead, 0, 2);
     f16 value[NC];
     for (int c = 0; c < NC; c++) value[c] = load(v + c * 16);
     for (int n = 0; n < N; n++)
       for (int c = 0; c < NC; c++) acc[odd][n][c] += value[c] * weights[n * stride + j];
   };
-  int64_t j = first;
-  if (j % 2 && j < end) add(j++, 1);
-  for (; j + 2 <= end; j += 2) add(j, 0), add(j + 1, 1);
-  if (j < end) add(j, 0);
+  for (int64_t j = first; j < end;) {
+    const W* v = cached.values + cached.pages[j / 16] * page_size + column;
+    const ptrdiff_t ahead = next.values + next.pages[j / 16] * page_size + column - v;
+    const int64_t stop = j / 16 * 16 + 16 < end ? j / 16 * 16 + 16 : end;
+    if (j % 2) add(v + j % 16 * d, ahead, j, 1), j++;
+    for (; j + 2 <= stop; j += 2) add(v + j % 16 * d, ahead, j, 0), add(v + (j % 16 + 1) * d, ahead, j + 1, 1);
+    if (j < stop) add(v + j % 16 * d, ahead, j, 0), j++;
+  }
   for (int n = 0; n < N; n++)
-    for (int c = 0; c < NC; c++) *(f16*)(out + n * d + column + c * 16) = acc[0][n][c] + acc[1][n][c];
+    for (int c = 0; c < NC; c++) *(f16*)(out + n * d + column + c * 16) = (acc[0][n][c] + acc[1][n][c]) * factors[n];
 }
 
 // N queries of one row and key/value head: out [N, d]. What a query does not attend to has weight 0, which changes no
-// bit of a sum.
+// bit of a sum. Meanwhile the keys and values that `next` names are on their way from the memory.
 template <int N, typename W>
-void attend(const Query* queries, const W* keys, const W* values, size_t page_size, const int32_t* pages, int64_t d,
-            float scale, float* scores, int64_t stride, float* out) {
+void attend(const Query* queries, const Cached<W>& cached, const Cached<W>& next, size_t page_size, int64_t d, float scale,
+            float* scores, int64_t stride, float* out) {
   int64_t first = queries[0].first, last = queries[0].end;
   for (int n = 1; n < N; n++) {
     if (queries[n].first < first) first = queries[n].first;
@@ -354,30 +368,27 @@ void attend(const Query* queries, const W* keys, const W* values, size_t page_si
   constexpr int NP = N == 1 ? 4 : N == 2 ? 2 : 1, NC = N <= 2 ? 2 : 1;
   int64_t p = begin;
   for (; p + NP <= end; p += NP)
-    page_scores<N, NP>(queries, keys, values, page_size, pages + p, d, scale, scores + p * 16, stride);
-  for (; p < end; p++)
-    page_scores<N, 1>(queries, keys, values, page_size, pages + p, d, scale, scores + p * 16, stride);
+    page_scores<N, NP>(queries, cached, next, p, page_size, d, scale, scores, stride);
+  for (; p < end; p++) page_scores<N, 1>(queries, cached, next, p, page_size, d, scale, scores, stride);
+  float factors[N];
   for (int n = 0; n < N; n++) {
     float* s = scores + n * stride;
     for (int64_t j = begin * 16; j < queries[n].first; j++) s[j] = -1e30f;
     for (int64_t j = queries[n].end; j < end * 16; j++) s[j] = -1e30f;
-    f16 most = splat(-1e30f);
+    f16 most = splat(-1e30f), total = {};
     for (int64_t j = begin * 16; j < end * 16; j += 16) most = where(load(s + j) > most, load(s + j), most);
-    float highest = most[0];
-    for (int i = 1; i < 16; i++) highest = most[i] > highest ? most[i] : highest;
-    f16 total = {};
+    const float top = highest_of(most);
     for (int64_t j = begin * 16; j < end * 16; j += 16) {
-      const f16 e = where(load(s + j) > splat(-1e29f), exp16(load(s + j) - highest), f16{});
+      const f16 score = load(s + j), e = where(score > splat(-1e29f), exp16(score - top), f16{});
       *(f16*)(s + j) = e;
       total += e;
     }
-    const float inverse = 1.f / sum(total);
-    for (int64_t j = begin * 16; j < end * 16; j += 16) *(f16*)(s + j) = load(s + j) * inverse;
+    factors[n] = 1.f / sum(total);
   }
   int64_t column = 0;
   for (; column + NC * 16 <= d; column += NC * 16)
-    weigh_values<N, NC>(scores, stride, values, page_size, pages, first, last, d, column, out);
-  if (column < d) weigh_values<N, 1>(scores, stride, values, page_size, pages, first, last, d, column, out);
+    weigh_values<N, NC>(scores, stride, cached, next, page_size, first, last, d, column, factors, out);
+  if (column < d) weigh_values<N, 1>(scores, stride, cached, next, page_size, first, last, d, column, factors, out);
 }
 
 // ---- the step --------------------------------------------------------------------------------------------------------
@@ -414,8 +425,11 @@ struct Places {
   float *x, *q, *kv;           // [T, C], [T, H*d], [T, 2*K*d]
   uint32_t* a;                 // [T, H*d] words at most, what attention gives
   uint32_t *h, *h2, *outputs;  // inputs of matrix products
-  int64_t* next;               // counters of the work that threads take: 8 a layer, 8 more
+  int64_t* next;               // counters of the work that threads take: 12 a layer, 12 more
   Run* runs;                   // [T]
+  float* last_x;               // [B, C], the outputs alone; likewise
+  int64_t *last_positions, *last_rows;
+  Run* last_runs;
   struct Own {                 // of each thread
     uint32_t *h, *tail;
     float *scores, *attended;
@@ -428,14 +442,23 @@ struct Places {
     a = scratch.take<uint32_t>(T16 * Hd);
     h = scratch.take<uint32_t>(T16 * m.hidden), h2 = scratch.take<uint32_t>(T16 * wide);
     outputs = scratch.take<uint32_t>((B + 15) / 16 * 16 * m.hidden);
-    next = scratch.take<int64_t>((m.num_layers + 1) * 8);
+    next = scratch.take<int64_t>((m.num_layers + 1) * 12);
     runs = scratch.take<Run>(T);
+    last_x = scratch.take<float>(B * m.hidden), last_runs = scratch.take<Run>(B);
+    last_positions = scratch.take<int64_t>(B), last_rows = scratch.take<int64_t>(B);
     for (int i = 0; i <= thread; i++) {
       own.h = scratch.take<uint32_t>(FEW * m.hidden), own.tail = scratch.take<uint32_t>(16 * m.hidden);
       own.scores = scratch.take<float>(TOGETHER * max_pages * 16);
       own.attended = scratch.take<float>(TOGETHER * m.head_dim);
     }
   }
+};
+
+// Tokens that attend: where they stand and what their runs are.
+struct Queries {
+  const int64_t *positions, *rows;
+  const Run* runs;
+  int64_t num_runs;
 };
 
 template <typename W>
@@ -446,20 +469,27 @@ struct Step {
   const int64_t max_pages, B, *outputs;
   float* logits;
   char* memory;
-  int64_t num_runs = 0;
   bool chunks = false;  // whether some tokens attend to others of the same step
+  Queries all{}, last{};  // of every token; of the outputs, which are all that the last layer need go on with
 
   void run() {
     Scratch scratch{memory};
     const Places places(m, T, B, max_pages, scratch, 0);
-    memset(places.next, 0, (m.num_layers + 1) * 8 * sizeof(int64_t));
+    memset(places.next, 0, (m.num_layers + 1) * 12 * sizeof(int64_t));
     const int64_t G = m.heads / m.kv_heads, longest = G < TOGETHER ? TOGETHER / G : 1;
+    int64_t num_runs = 0;
     for (int64_t t = 0; t < T; t++) {
       const bool follows = t && rows[t] == rows[t - 1] && positions[t] == positions[t - 1] + 1;
       chunks |= follows;
       if (follows && places.runs[num_runs - 1].count < longest) places.runs[num_runs - 1].count++;
       else places.runs[num_runs++] = Run{(int32_t)t, 1};
     }
+    for (int64_t b = 0; b < B; b++) {
+      places.last_positions[b] = positions[outputs[b]], places.last_rows[b] = rows[outputs[b]];
+      places.last_runs[b] = Run{(int32_t)b, 1};
+    }
+    all = Queries{positions, rows, places.runs, num_runs};
+    last = Queries{places.last_positions, places.last_rows, places.last_runs, B};
     // A turn of the spin takes some 40 cycles; the largest pieces of work T * 16 * wide / 32 of them.
     Team team{(int)m.num_threads, (int)(4000 + T * (m.hidden > m.intermediate ? m.hidden : m.intermediate) / 40)};
     if (m.num_threads == 1) thread(team, 0);
@@ -476,13 +506,20 @@ struct Step {
     Scratch scratch{memory};
     const Places at(m, T, B, max_pages, scratch, id);
     const Layer* layers = (const Layer*)m.layers;
-    const bool few = T <= FEW;
-    // Few tokens: every thread norms them all for itself, which is faster than to meet.
-    const Inputs<W> h{T <= FEW ? at.own.h : at.h, T, C}, attended{few ? at.a : at.h2, T, H * d}, gated{at.h2, T, I};
-    float* const x = at.x;
+    // What the tokens that go on work with: all T of them, in the last layer the outputs alone if they are fewer.
+    float* x = at.x;
+    int64_t n = T;
+    bool few;
+    Inputs<W> h, attended, gated;
+    auto go_on_with = [&](int64_t tokens, float* where) {
+      x = where, n = tokens, few = n <= FEW;
+      // Few tokens: every thread norms them all for itself, which is faster than to meet.
+      h = {few ? at.own.h : at.h, n, C}, attended = {few ? at.a : at.h2, n, H * d}, gated = {at.h2, n, I};
+    };
+    go_on_with(T, at.x);
     int64_t* next = at.next;
 
-    auto each = [&](int64_t n, auto use) { few ? shared_out(team, id, n, use) : taken(next++, n, use); };
+    auto each = [&](int64_t count, auto use) { few ? shared_out(team, id, count, use) : taken(next++, count, use); };
     auto norm_all = [&](const Inputs<W>& out, int64_t* counter, uint64_t weight, auto where_is) {
       auto block = [&](int64_t b) {
         const int64_t end = b * 16 + 16 < out.tokens ? b * 16 + 16 : out.tokens;
@@ -501,32 +538,51 @@ struct Step {
     if (!team.meet(id)) return;
     for (int64_t l = 0; l < m.num_layers; l++) {
       const Layer& L = layers[l];
-      next = at.next + l * 8;
+      const bool narrow = l + 1 == m.num_layers && B < T, apart = chunks || narrow;
+      const Queries& queries = narrow ? last : all;
+      next = at.next + l * 12;
       if (!norm_all(h, next++, L.input_norm, token)) return;
-      each((H + 2 * K) * d / 16, [&](int64_t unit) {
-        int64_t o = unit * 16;
-        if (o < H * d)
-          return sixteen_outputs(h, (const W*)L.q, o, H * d, at.own.tail,
-                                 [&](int64_t t, f16 v) { put(at.q + t * H * d + o, v + bias(L.q_bias, o)); });
-        const bool is_value = (o -= H * d) >= K * d;
+      auto query = [&](int64_t o) {
+        sixteen_outputs(h, (const W*)L.q, o, H * d, at.own.tail,
+                        [&](int64_t t, f16 v) { put(at.q + t * H * d + o, v + bias(L.q_bias, o)); });
+      };
+      auto key_or_value = [&](int64_t o) {
+        const bool is_value = o >= K * d;
         const int64_t row = is_value ? o - K * d : o;
         sixteen_outputs(h, (const W*)(is_value ? L.v : L.k), row, K * d, at.own.tail, [&](int64_t t, f16 v) {
           put(at.kv + t * 2 * K * d + o, v + bias(is_value ? L.v_bias : L.k_bias, row));
         });
+      };
+      each(((narrow ? 0 : H) + 2 * K) * d / 16, [&](int64_t unit) {
+        const int64_t o = unit * 16 - (narrow ? 0 : H * d);
+        o < 0 ? query(o + H * d) : key_or_value(o);
       });
       if (!team.meet(id)) return;
-      if (chunks) {
+      if (apart) {
         shared_out(team, id, T * K, [&](int64_t task) { remember(at, L, task / K, task % K); });
+        if (narrow) {
+          if (B == 0) return;
+          shared_out(team, id, B, [&](int64_t b) { memcpy(at.last_x + b * C, x + outputs[b] * C, C * sizeof(float)); });
+        }
         if (!team.meet(id)) return;
       }
-      each(num_runs * K, [&](int64_t task) {
-        const Run run = at.runs[task / K];  // heads of one row lie side by side
-        if (!chunks) remember(at, L, run.first, task % K);
-        attend_run(at, L, run, task % K);
+      if (narrow) {
+        go_on_with(B, at.last_x);
+        if (!norm_all(h, next++, L.input_norm, token)) return;
+        each(H * d / 16, [&](int64_t unit) { query(unit * 16); });
+        if (!team.meet(id)) return;
+      }
+      // A piece is a head, or where there are many runs all heads of one; heads of a page lie side by side.
+      const int64_t heads = queries.num_runs < 16 * team.size ? 1 : K;
+      each(queries.num_runs * K / heads, [&](int64_t piece) {
+        for (int64_t task = piece * heads; task < (piece + 1) * heads; task++) {
+          if (!apart) remember(at, L, queries.runs[task / K].first, task % K);
+          attend_run(at, L, queries, task / K, task % K);
+        }
       });
       if (!team.meet(id)) return;
       if (!few) {
-        taken(next++, (T + 15) / 16, [&](int64_t b) { pack_rows((const W*)at.a, b * 16, attended); });
+        taken(next++, (n + 15) / 16, [&](int64_t b) { pack_rows((const W*)at.a, b * 16, attended); });
         if (!team.meet(id)) return;
       }
       each(C / 16, [&](int64_t unit) {
@@ -548,48 +604,61 @@ struct Step {
       if (!team.meet(id)) return;
     }
     if (B == 0) return;
-    const Inputs<W> last{B <= FEW ? at.own.h : at.outputs, B, C};
-    next = at.next + m.num_layers * 8;
-    if (!norm_all(last, next++, m.final_norm, [&](int64_t b) { return x + outputs[b] * C; })) return;
+    const Inputs<W> final{B <= FEW ? at.own.h : at.outputs, B, C};
+    next = at.next + m.num_layers * 12;
+    auto output = [&](int64_t b) { return x + (B < T ? b : outputs[b]) * C; };
+    if (!norm_all(final, next++, m.final_norm, output)) return;
     const int64_t V = m.vocab_size, units = (V + 15) / 16;
     auto head = [&](int64_t unit) {
       const int64_t o = unit * 16;
-      sixteen_outputs(last, (const W*)m.head, o, V, at.own.tail, [&](int64_t b, f16 v) {
+      sixteen_outputs(final, (const W*)m.head, o, V, at.own.tail, [&](int64_t b, f16 v) {
         if (o + 16 <= V) put(logits + b * V + o, v);
         else memcpy(logits + b * V + o, &v, (V - o) * sizeof(float));
       });
     };
-    if (last.few()) shared_out(team, id, units, head);
+    if (final.few()) shared_out(team, id, units, head);
     else taken(next++, units, head);
   }
 
-  // A token's key and value of one head go into the cache; its queries and key are rotated.
+  // A token's key and value of one head go into the cache.
   void remember(const Places& at, const Layer& L, int64_t t, int64_t head) const {
-    const int64_t H = m.heads, K = m.kv_heads, d = m.head_dim, G = H / K, position = positions[t];
-    const float *cos = (const float*)m.cos + position * d, *sin = (const float*)m.sin + position * d;
-    float *key = at.kv + t * 2 * K * d + head * d, *value = key + K * d, *query = at.q + (t * H + head * G) * d;
-    norm_and_rotate(key, (const W*)L.k_norm, d, (float)m.eps, cos, sin);
-    for (int64_t g = 0; g < G; g++) norm_and_rotate(query + g * d, (const W*)L.q_norm, d, (float)m.eps, cos, sin);
+    const int64_t K = m.kv_heads, d = m.head_dim, position = positions[t];
+    float *key = at.kv + t * 2 * K * d + head * d, *value = key + K * d;
+    rotate(key, L.k_norm, position);
     const size_t place = (page_table[rows[t] * max_pages + position / 16] * (size_t)K + head) * d * 16;
     for (int64_t i = 0; i < d; i++) put((W*)L.keys + place + i * 16 + position % 16, key[i]);
     for (int64_t i = 0; i < d; i += 16) put((W*)L.values + place + (position % 16) * d + i, load(value + i));
   }
 
+  void rotate(float* x, uint64_t norm, int64_t position) const {
+    const int64_t d = m.head_dim;
+    norm_and_rotate(x, (const W*)norm, d, (float)m.eps, (const float*)m.cos + position * d, (const float*)m.sin + position * d);
+  }
+
+  Cached<W> cached(const Layer& L, int64_t row, int64_t head) const {
+    const int64_t page = head * m.head_dim * 16;
+    return {(const W*)L.keys + page, (const W*)L.values + page, page_table + row * max_pages};
+  }
+
   // The queries of a run and of the heads that share key/value head `head`.
-  void attend_run(const Places& at, const Layer& L, Run run, int64_t head) const {
+  void attend_run(const Places& at, const Layer& L, const Queries& of, int64_t which, int64_t head) const {
+    const Run run = of.runs[which];
     const int64_t H = m.heads, K = m.kv_heads, d = m.head_dim, G = H / K, stride = max_pages * 16;
-    const W *keys = (const W*)L.keys + head * d * 16, *values = (const W*)L.values + head * d * 16;
-    const int32_t* pages = page_table + rows[run.first] * max_pages;
+    const int64_t row = of.rows[run.first], next_run = which + 1 < of.num_runs ? which + 1 : which;
+    const Cached<W> own = cached(L, row, head);
+    const Cached<W> next = head + 1 < K ? cached(L, row, head + 1) : cached(L, of.rows[of.runs[next_run].first], 0);
     for (int64_t begin = 0, end = run.count * G, n; begin < end; begin += n) {
       Query queries[TOGETHER];
       n = end - begin >= 8 ? 8 : end - begin >= 4 ? 4 : end - begin;
       for (int64_t i = 0; i < n; i++) {
-        const int64_t t = run.first + (begin + i) / G, position = positions[t];
+        const int64_t t = run.first + (begin + i) / G, position = of.positions[t];
         const int64_t first = L.window && position + 1 > L.window ? position + 1 - L.window : 0;
-        queries[i] = Query{at.q + (t * H + head * G + (begin + i) % G) * d, first, position + 1};
+        float* q = at.q + (t * H + head * G + (begin + i) % G) * d;
+        rotate(q, L.q_norm, position);
+        queries[i] = Query{q, first, position + 1};
       }
       auto together = [&](auto attend_n) {
-        attend_n(queries, keys, values, (size_t)K * d * 16, pages, d, (float)m.scale, at.own.scores, stride,
+        attend_n(queries, own, next, (size_t)K * d * 16, d, (float)m.scale, at.own.scores, stride,
                  at.own.attended);
       };
       switch (n) {
@@ -621,7 +690,7 @@ struct Step {
     }
     const int64_t words = h.num_words();
     f16 g[16][4], u[16][4];
-    for (int64_t b0 = 0, blocks = (T + 15) / 16; b0 < blocks; b0 += 4) {
+    for (int64_t b0 = 0, blocks = (h.tokens + 15) / 16; b0 < blocks; b0 += 4) {
       const int64_t n = blocks - b0 < 4 ? blocks - b0 : 4;
       const u16* x = (const u16*)h.words + b0 * words;
       many_tokens<W>(n, x, (const uint32_t*)gates + o * words, words, g);
