@@ -24,11 +24,12 @@ from rollouts.pipeline.generation import generate, reply_to_problems
 from rollouts.pipeline.tasks import (
     FAMILIES,
     Problem,
-    extract_answer,
     is_correct,
+    is_correct_turn,
     make_conversations,
     make_held_out,
     make_problems,
+    turns,
 )
 from rollouts.pipeline.world import Split
 from rollouts.training.backends.optimizers import OptimizerConfig, ScheduleConfig
@@ -210,10 +211,19 @@ def train_rl(config: SpeedrunConfig, sft_folder: Path, out: Path) -> Summary:
     model, tokenizer = load_hf_model(sft_folder / "final", config.device, "float32")
     backend = make_backend(config, stage, model, tokenizer, stage.num_steps * stage.mini_batches, out)
     problems = make_problems(config.seed, stage.num_steps * stage.prompts, stage.families)
+    asked = [each[i % len(each)] for i, each in enumerate(map(turns, problems))]  # one message of the assistant each
     prompts = [
-        Sample(prompt=list(p.prompt), id=f"{i}", metadata={"answer": p.answer, "task": p.family})
-        for i, p in enumerate(problems)
+        Sample(
+            prompt=list(p.prompt),
+            id=f"{i}",
+            metadata={"number": i, "answer": p.answer, "task": p.family, "tools": list(p.tools) or None},
+        )
+        for i, p in enumerate(asked)
     ]
+
+    async def reply_is_right(sample: Sample) -> float:
+        return float(is_correct_turn(asked[sample.metadata["number"]], sample.response))
+
     buffer = DataBuffer(prompts, shuffle=False)
     loop_config = RLTrainingConfig(
         num_steps=stage.num_steps,
@@ -245,11 +255,6 @@ def train_rl(config: SpeedrunConfig, sft_folder: Path, out: Path) -> Summary:
         "samples": stage.num_steps * stage.prompts * stage.samples,
         "reward": last["reward_mean"],
     }
-
-
-async def reply_is_right(sample: Sample) -> float:
-    """1 for a reply that ends with the right answer, else 0."""
-    return float(extract_answer(sample.response) == sample.metadata["answer"])
 
 
 def load_samples(

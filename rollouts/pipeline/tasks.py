@@ -86,6 +86,23 @@ def is_correct(problem: Problem, reply: str) -> bool:
     return extract_answer(reply) == problem.answer
 
 
+def turns(problem: Problem) -> list[Problem]:
+    """What the assistant has to say in a problem, message by message: the chat so far is the prompt of each."""
+    return [
+        replace(problem, prompt=[*problem.prompt, *problem.reply[:i]], reply=problem.reply[i:])
+        for i, message in enumerate(problem.reply)
+        if message["role"] == "assistant"
+    ]
+
+
+def is_correct_turn(problem: Problem, said: str) -> bool:
+    """Whether the assistant's next message is right: its answer, or where a tool call is due, what that call gives."""
+    if "tool_calls" not in problem.reply[0]:
+        return is_correct(problem, said)
+    call = parse_tool_call(said)
+    return call is not None and run_calculator(call.get("arguments")) == problem.answer
+
+
 def user(content: str) -> Message:
     return {"role": "user", "content": content}
 

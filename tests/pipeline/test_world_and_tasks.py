@@ -20,12 +20,14 @@ from rollouts.pipeline.tasks import (
     FAMILIES,
     extract_answer,
     is_correct,
+    is_correct_turn,
     make_conversations,
     make_held_out,
     make_problems,
     mistaken,
     parse_tool_call,
     run_calculator,
+    turns,
 )
 from rollouts.pipeline.world import Split, split_of, split_of_sum
 
@@ -199,6 +201,22 @@ def test_a_mistaken_reply_is_wrong_and_reads_like_a_right_one(family: str) -> No
         assert sorted(re.findall(r"\w+", reply)) == sorted(re.findall(r"\w+", problem.reply[-1]["content"])) or (
             family == "compare" and extract_answer(reply) in problem.question
         )
+
+
+def test_each_message_of_a_tool_call_is_a_turn_of_its_own() -> None:
+    (problem,) = make_problems(0, 1, ["calculator"])
+    call, tell = turns(problem)
+    a, b = problem.key.split()
+    called = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "%s * %s"}}\n</tool_call>'
+    said = f"The answer is {problem.answer}."
+    assert [m["role"] for m in call.prompt] == ["user"]
+    assert [m["role"] for m in tell.prompt] == ["user", "assistant", "tool"]
+    assert is_correct_turn(call, called % (a, b)) and is_correct_turn(tell, said)
+    assert not is_correct_turn(call, called % (a, f"{b}0"))
+    assert not is_correct_turn(call, said)  # guessed, though rightly
+    assert not is_correct_turn(tell, called % (a, b))
+    (single,) = turns(make_problems(0, 1, ["sort"])[0])
+    assert is_correct_turn(single, single.reply[0]["content"])
 
 
 def test_the_share_of_careless_demonstrations() -> None:
