@@ -44,7 +44,7 @@ def train(recipe: RLRecipe, is_new: bool, fork_step: Path | None, use_fsdp: bool
     device = ranks.init_process_group(parse_device(recipe.device)) if use_fsdp else parse_device(recipe.device)
     prompts, validation = build_rl.load_data(recipe, functions)
     model, tokenizer = build.build_model(shared, device)
-    build_rl.check_prompts(recipe, prompts, tokenizer)
+    build_rl.check_prompts(recipe, prompts, tokenizer, model.config.max_position_embeddings)
     rl = build_rl.build_run(recipe, functions, model, tokenizer, prompts, validation, device, use_fsdp)
     if is_new and ranks.is_main():
         create_run(recipe, functools.partial(copy_checkpoint, fork_step) if fork_step else None)

@@ -392,14 +392,33 @@ def build_companion(
     return factory.create_pytorch_backend(model.to(device), **options)  # type: ignore[arg-type]
 
 
-def check_prompts(recipe: RLRecipe, prompts: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError unless the first prompt can be rendered: a template that fails does so for every prompt."""
+def check_prompts(
+    recipe: RLRecipe, prompts: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, max_positions: int
+) -> None:
+    """Look at prompts before anything is written: ``max_positions`` is the longest that the model can read, in tokens.
+
+    Raises:
+        UserError: the first prompt cannot be rendered (a template that fails does so for every prompt), or none leaves
+            the engine room for a response.
+    """
     if recipe.engine.kind == "stored":
         return  # tokens already
-    try:
-        EngineGenerate(None, tokenizer).render(prompts[0])  # type: ignore[arg-type]
-    except Exception as error:
-        raise UserError(f"prompt {prompts[0].id}: the tokenizer's chat template fails on it: {error}") from error
+
+    def length(sample: Sample) -> int:
+        try:
+            return len(EngineGenerate(None, tokenizer).render(sample))  # type: ignore[arg-type]
+        except Exception as error:
+            raise UserError(f"prompt {sample.id}: the tokenizer's chat template fails on it: {error}") from error
+
+    first = length(prompts[0])
+    if recipe.engine.kind != "embedded" or recipe.rollout.generate is not None:
+        return
+    limit = min(max_positions, recipe.engine.max_length or 4096)  # as the engine has it
+    if first >= limit and all(length(sample) >= limit for sample in prompts[1:]):
+        raise UserError(
+            f"{recipe.data.train[0].path}: none of the {len(prompts)} prompts is shorter than the engine's {limit} "
+            f"tokens for prompt and response (the first has {first}); raise engine.max_length or shorten the prompts"
+        )
 
 
 def _copy(model: Any, precision: torch.dtype) -> Any:

@@ -11,7 +11,7 @@ import yaml
 
 from rollouts.errors import UserError
 from rollouts.recipes import rl_schema
-from rollouts.recipes.build_rl import build_config, build_rollouts, build_servers, load_functions
+from rollouts.recipes.build_rl import build_config, build_rollouts, build_servers, check_prompts, load_functions
 from rollouts.recipes.load import load_recipe, to_yaml
 from rollouts.recipes.rl_schema import ALGORITHMS, RLRecipe
 from rollouts.training import (
@@ -118,6 +118,22 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             load_functions(load(tmp_path, **values))
+
+
+def test_prompts_that_the_engine_has_no_room_for(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """One that fits is enough: the others are left out, and counted, when their turn comes."""
+    long, short = Sample(prompt="one " * 60, id="long"), Sample(prompt="one", id="short")
+
+    def check(*prompts: Sample, positions: int = 500, **values: Any) -> None:
+        check_prompts(load(tmp_path, **{"engine": {"max_length": 20}} | values), prompts, tiny_tokenizer, positions)
+
+    check(long, short)
+    check(long, rollout={"generate": "mine.py:generate"})
+    check(long, engine={"kind": "vllm", "url": "http://localhost:1"})
+    check(long, engine={})
+    for prompts, values in (((long, long), {}), ((long,), {"engine": {}, "positions": 20})):
+        with pytest.raises(UserError, match="the engine's 20 tokens"):
+            check(*prompts, **values)
 
 
 def test_functions_of_the_users_own(tmp_path: Path) -> None:
