@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from rollouts.cli.main import main
+from rollouts.training import AsyncRolloutManager, PyTorchTrainingBackend
+from rollouts.training.rollout_gen.ledger import GroupState
 
 REWARD = """
 def share_of_bytes(sample):
@@ -150,7 +153,24 @@ def test_algorithms_of_other_shapes_run(recipe: Path, algorithm: str) -> None:
     assert all(row["grad_norm"] > 0 for row in metrics_of(recipe.parent / "run"))
 
 
-def test_overlap_and_lora(recipe: Path) -> None:
+def test_overlap_and_lora(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learning waits until what is sampled beside it is there, as it would not have to on a faster engine."""
+    managers: list[AsyncRolloutManager] = []
+    make, learn = AsyncRolloutManager.__init__, PyTorchTrainingBackend.forward_backward
+
+    def noted(self: AsyncRolloutManager, *args: Any, **kwargs: Any) -> None:
+        managers.append(self)
+        make(self, *args, **kwargs)
+
+    def held(self: PyTorchTrainingBackend, batch: Any) -> Any:
+        deadline = time.monotonic() + 240
+        while any(g.state is GroupState.IN_FLIGHT for g in list(managers[0].ledger.open.values())):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        return learn(self, batch)
+
+    monkeypatch.setattr(AsyncRolloutManager, "__init__", noted)
+    monkeypatch.setattr(PyTorchTrainingBackend, "forward_backward", held)
     overrides = ["--rollout.max_staleness", "2", "--model.lora.r", "4", "--train.eval_every", "0"]
     assert main(["rl", str(recipe), *overrides]) == 0
     rows = metrics_of(recipe.parent / "run")
@@ -166,6 +186,7 @@ def test_overlap_and_lora(recipe: Path) -> None:
         (["--rollout.batchsize", "4"], "did you mean --rollout.batch_size?"),
         (["--data.train", "missing.jsonl"], "missing.jsonl"),
         (["--algorithm", "grpoo"], "algorithm"),
+        (["--engine.max_length", "8"], "none of the 8 prompts is shorter than the engine's 8 tokens"),
     ],
 )
 def test_mistakes_cost_one_line_and_no_folder(
