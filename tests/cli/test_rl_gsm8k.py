@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import math_verify
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -152,3 +155,41 @@ def test_every_line_of_the_books_is_right(run, model_dir: Path, problems: list[d
                 found = policy(ids).logits[0].log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
             sampled = torch.tensor(sample["rollout_log_probs"][start:])
             torch.testing.assert_close(sampled, found[start - 1 :], atol=1e-4, rtol=0)
+
+
+def test_a_stopped_run_goes_on_where_it_was(run) -> None:
+    whole, parts = run("whole"), run("parts", "--train.num_steps", "2")
+    shutil.rmtree(parts / "final")
+    (parts / "recipe.yaml").write_text((whole / "recipe.yaml").read_text().replace(str(whole), str(parts)))
+    run("parts")
+    assert lines_of(parts / "rollouts.jsonl") == lines_of(whole / "rollouts.jsonl")
+    a, b = (AutoModelForCausalLM.from_pretrained(folder / "final") for folder in (whole, parts))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_the_layouts_of_verl_and_trl_make_the_same_run(run, tmp_path: Path, problems: list[dict[str, str]]) -> None:
+    def as_it_is(number: int, row: dict[str, str]) -> dict[str, Any]:
+        return row
+
+    def as_verl(number: int, row: dict[str, str]) -> dict[str, Any]:
+        return {
+            "data_source": "openai/gsm8k",
+            "prompt": [{"role": "user", "content": row["question"]}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": final_number(row["answer"])},
+            "extra_info": {"split": "train", "index": number, "answer": row["answer"], "question": row["question"]},
+        }
+
+    def as_trl(number: int, row: dict[str, str]) -> dict[str, Any]:
+        return {"prompt": row["question"], "solution": final_number(row["answer"])}
+
+    found: list[Any] = []
+    for layout in (as_it_is, as_verl, as_trl):
+        file = tmp_path / layout.__name__ / "gsm8k.parquet"  # ids come of the file's name, and seeds of ids
+        file.parent.mkdir()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([layout(i, r) for i, r in enumerate(problems)]), file)
+        folder = run(f"run_{layout.__name__}", "--data.train", str(file), "--train.num_steps", "2")
+        keys = ("id", "tokens", "reward", "advantages", "rollout_log_probs")
+        found.append([[sample[key] for key in keys] for sample in lines_of(folder / "rollouts.jsonl")])
+    assert len(found[0]) == 2 * PROMPTS * SAMPLES and any(reward > 0 for _, _, reward, *_ in found[0])
+    assert found[1] == found[0] and found[2] == found[0]
