@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -11,14 +12,23 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from rollouts.training.algorithms.aggregation import AGGREGATIONS
 from rollouts.training.algorithms.corrections import named_correction
-from rollouts.training.algorithms.policy_losses import PolicyLossConfig, make_policy_loss
+from rollouts.training.algorithms.policy_losses import POLICY_LOSSES, PolicyLossConfig, make_policy_loss
 from rollouts.training.backends import FSDPConfig, OptimizerConfig, create_fsdp_backend, create_pytorch_backend
 from rollouts.training.distributed_utils import cleanup
 from rollouts.training.loops.rl_batches import collate_rl_step
+from rollouts.training.loops.rl_step import select_tokens
 from rollouts.training.types import Sample
 
+AGGREGATE = itertools.cycle(AGGREGATIONS)
 LOSSES = {
+    **{
+        name: PolicyLossConfig(
+            name, aggregation=next(AGGREGATE), max_length=30, covariance_fraction=0.2, covariance_low=0.01
+        )
+        for name in POLICY_LOSSES
+    },
     "gspo": PolicyLossConfig("gspo", eps_low=0.05, eps_high=0.07, kl_coef=0.1, entropy_coef=0.01),
     "ppo_clip": PolicyLossConfig(correction=named_correction("tis"), aggregation="seq-mean-token-mean"),
 }
@@ -62,6 +72,7 @@ def update(ranks: int, name: str, tied: bool) -> dict[str, Any]:
     else:
         backend = create_pytorch_backend(make_model(tied), **options)
     samples, columns = make_samples()
+    columns |= select_tokens(LOSSES[name], samples, range(5), columns, seed=0)
     batches, _ = collate_rl_step(samples, range(5), 24, columns, backend.rank, backend.world_size)
     metrics = backend.forward_backward(batches).wait()
     backend.optim_step().wait()
@@ -72,7 +83,8 @@ def update(ranks: int, name: str, tied: bool) -> dict[str, Any]:
 
 
 def main(folder: Path, ranks: int) -> None:
-    found = {f"{name} {tied}": update(ranks, name, tied) for name in LOSSES for tied in (True, False)}
+    both = ("gspo", "ppo_clip")  # the head and the embedding apart, too
+    found = {f"{name} {tied}": update(ranks, name, tied) for name in LOSSES for tied in {True, name not in both}}
     if ranks == 1 or torch.distributed.get_rank() == 0:
         (folder / f"{ranks}.json").write_text(json.dumps(found))
     if ranks > 1:

@@ -173,6 +173,17 @@ def test_whitening_of_fewer_than_two_tokens_changes_nothing() -> None:
     assert two.mean().item() == pytest.approx(0.0) and two.var().item() == pytest.approx(1.0)
 
 
+def test_what_is_added_to_a_deviation_that_is_nearly_0() -> None:
+    """1e-6 to a group's deviation, 1e-8 to the variance that whitens: seen only where they are as large themselves."""
+    rewards = [0.0, 2e-6]
+    deviation = 2e-6 / 2**0.5
+    found = compute_advantages("grpo", outcome_batch(rewards, ["g", "g"], [1, 1])).advantages
+    assert found.tolist() == pytest.approx([-1e-6 / (deviation + 1e-6), 1e-6 / (deviation + 1e-6)], rel=1e-4)
+    x = torch.tensor([[0.0, 2e-4]], dtype=torch.float64)
+    wanted = 1e-4 / (2e-8 + 1e-8) ** 0.5
+    assert whiten(x, torch.ones(1, 2)).flatten().tolist() == pytest.approx([-wanted, wanted])
+
+
 def test_an_empty_batch_is_an_empty_answer() -> None:
     nothing = AdvantageBatch(torch.zeros(0), [], torch.zeros(0, dtype=torch.int64))
     for name in ("grpo", "reinforce_plus_plus", "rloo", "opo", "gpg", "grpo_passk"):

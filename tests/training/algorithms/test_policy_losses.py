@@ -467,6 +467,39 @@ def test_defaults_belong_to_each_loss() -> None:
     assert PolicyLossConfig("gmpo", aggregation="token-mean").aggregate_by == "token-mean"
 
 
+def test_exponents_are_cut_at_20() -> None:
+    """The sums above are finite with any bound; this is the bound itself, e^±20."""
+    far = torch.tensor([50.0, -50.0], dtype=torch.float64)
+    edge = torch.tensor([20.0, -20.0], dtype=torch.float64).exp()
+    torch.testing.assert_close(kl_penalty(-far, torch.zeros(2), "k3"), edge - far - 1)
+    tokens = PolicyTokens(far, torch.zeros(2), torch.ones(2), Sequences.of(torch.tensor([0, 1])), torch.ones(2) < 0)
+    per_token = POLICY_LOSSES["kl_cov"].loss(tokens, PolicyLossConfig("kl_cov"))[0]
+    torch.testing.assert_close(per_token, -edge)
+
+
+def test_constants_are_the_papers() -> None:
+    """What nobody sets, and so no comparison above looks at."""
+    config = PolicyLossConfig()
+    assert config.dual_clip == 3 and (config.tau_positive, config.tau_negative) == (1.0, 1.05)
+    assert (config.covariance_fraction, config.covariance_low, config.covariance_high) == (2e-4, 1.0, 5.0)
+    assert config.ratio_cap == 20 and config.kl == "k3" and config.kl_coef == config.entropy_coef == 0
+    bounds = {name: registered.bounds for name, registered in POLICY_LOSSES.items()}
+    own = {"gspo": (3e-4, 4e-4), "cispo": (1.0, 0.2), "gmpo": (0.4, 0.4), "dppo_kl": (0.05, 0.05)}
+    assert bounds == dict.fromkeys(bounds, (0.2, 0.2)) | own
+    aggregations = {name: registered.aggregation for name, registered in POLICY_LOSSES.items()}
+    by_sequence = dict.fromkeys(("gspo", "gmpo"), "seq-mean-token-mean")
+    assert aggregations == dict.fromkeys(bounds, "token-mean") | by_sequence
+    corrections = {n: (c.weight, c.cap, c.mask, c.mask_low, c.mask_high) for n, c in CORRECTIONS.items()}
+    assert corrections == {
+        "none": ("none", None, "none", 0.5, 2.0),
+        "tis": ("token", 2.0, "none", 0.5, 2.0),
+        "sequence_tis": ("sequence", 2.0, "none", 0.5, 2.0),
+        "icepop": ("token", None, "token", 0.5, 5.0),
+        "mis": ("sequence", None, "sequence", 0.0, 2.0),
+        "geometric": ("none", None, "geometric", 0.99, 1.01),
+    }
+
+
 def test_one_impossible_token_vetoes_its_sequence() -> None:
     old, rollout = torch.tensor([-1.0, -12.0, -1.0]), torch.tensor([-1.0, -1.0, -1.0])
     ids = torch.tensor([0, 0, 1])

@@ -22,7 +22,8 @@ def test_two_ranks_make_the_step_of_one(tmp_path: Path) -> None:
     one, two = (json.loads((tmp_path / f"{ranks}.json").read_text()) for ranks in (1, 2))
     assert one.keys() == two.keys()
     for case in one:
-        assert one[case]["metrics"]["clip_fraction_low"] > 0, "nothing was clipped"
+        if case.startswith(("gspo", "ppo_clip")):
+            assert one[case]["metrics"]["clip_fraction_low"] > 0, "nothing was clipped"
         assert two[case]["metrics"] == pytest.approx(one[case]["metrics"], rel=1e-4, abs=1e-6), case
         for name, sums in one[case]["weights"].items():
             assert two[case]["weights"][name] == pytest.approx(sums, rel=1e-4, abs=1e-4), (case, name)

@@ -326,6 +326,16 @@ def test_missing_fields_are_named() -> None:
         ValueLossConfig(clip=0.0)
 
 
+def test_constants_are_the_papers() -> None:
+    assert ValueLossConfig() == ValueLossConfig(clip=0.5, aggregation="token-mean")
+    config = PreferenceConfig()
+    assert (config.beta, config.label_smoothing, config.margin) == (0.1, 0.0, 0.0)
+    assert config.desirable_weight == config.undesirable_weight == 1
+    assert {name: PreferenceConfig(name).over_means for name in ("dpo", "ipo", "kto", "simpo", "orpo")} == {
+        "dpo": False, "ipo": False, "kto": False, "simpo": True, "orpo": True
+    }  # fmt: skip
+
+
 def test_a_pair_without_a_chosen_answer_does_not_count() -> None:
     data = answers_batch(10)
     data["mask"][2] = 0
