@@ -16,7 +16,7 @@ typedef uint32_t u16 __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
 typedef uint16_t bf16;
 
-inline f16 splat(float x) { return f16{} + x; }
+inline f16 splat(float x) { return x - f16{}; }  // not +: that would make 0 of -0, and cost an addition
 inline f16 where(i16 mask, f16 a, f16 b) { return (f16)(((i16)a & mask) | ((i16)b & ~mask)); }
 
 inline f16 load(const float* p) { return *(const f16*)p; }

@@ -19,6 +19,24 @@ namespace {
 const f16 LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 const float NEVER = -1e30f;
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Sixteen lines of sixteen numbers each -> the i-th line holding everybody's i-th number.
+inline void transpose16(f16* x) {
+#pragma GCC unroll 4
+  for (int s = 8; s >= 1; s /= 2) {  // swap blocks of s by s across the diagonal
+    i16 first, second;
+    for (int i = 0; i < 16; i++) first[i] = i & s ? i - s + 16 : i, second[i] = i & s ? i + 16 : i + s;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++)
+      if (!(i & s)) {
+        const f16 a = x[i], b = x[i + s];
+        x[i] = __builtin_shuffle(a, b, first);
+        x[i + s] = __builtin_shuffle(a, b, second);
+      }
+  }
+}
+
 struct Tensor {
   float* data;
   int64_t token, head;  // strides, in numbers
@@ -34,45 +52,56 @@ struct Span {
 
 inline int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
 
-// x [W, D] -> columns [D, padded(W)], the padding zero.
+// Where the weights of queries [R] with the keys from j on lie, j a multiple of 16: [keys / 32][R][32].
+template <int R>
+inline int64_t place(int64_t j, int64_t r) {
+  return j / 32 * R * 32 + r * 32 + j % 32;
+}
+
+// x [W, D] -> rows [W, D], one behind the other.
 template <int D>
-void transpose(const Tensor& x, const Span& s, int64_t h, float* columns) {
-  const int64_t width = padded(s.keys());
-  for (int64_t i = 0; i < D; i++)
-    for (int64_t j = s.keys(); j < width; j++) columns[i * width + j] = 0;
-  for (int64_t j = 0; j < s.keys(); j++) {
-    const float* row = x.at(s.token(j), h);
-    for (int64_t i = 0; i < D; i++) columns[i * width + j] = row[i];
-  }
+void gather_rows(const Tensor& x, const Span& s, int64_t h, float* rows) {
+  for (int64_t j = 0; j < s.keys(); j++) memcpy(rows + j * D, x.at(s.token(j), h), D * sizeof(float));
+}
+
+// x [W, D] -> columns [padded(W) / 32][D][32], the padding zero.
+template <int D>
+void gather_columns(const Tensor& x, const Span& s, int64_t h, float* columns) {
+  for (int64_t j = 0; j < padded(s.keys()); j += 16)
+    for (int64_t i = 0; i < D; i += 16) {
+      f16 lines[16] = {};
+      for (int64_t k = 0; k < least(16, s.keys() - j); k++) lines[k] = load(x.at(s.token(j + k), h) + i);
+      transpose16(lines);
+      for (int64_t k = 0; k < 16; k++) put(columns + j / 32 * D * 32 + (i + k) * 32 + j % 32, lines[k]);
+    }
 }
 
 // out[r, j] = rows[r] . columns[:, j] for R rows and all j < end, 32 at a time.
 template <int R, int D>
-inline void products(const float* const* rows, const float* columns, int64_t width, int64_t end, float* out) {
+inline void products(const float (*rows)[D], const float* columns, int64_t end, float* out) {
   for (int64_t j = 0; j < end; j += 32) {
     f16 a[R] = {}, b[R] = {};
     for (int i = 0; i < D; i++) {
-      const f16 x = load(columns + i * width + j), y = load(columns + i * width + j + 16);
+      const f16 x = load(columns + j * D + i * 32), y = load(columns + j * D + i * 32 + 16);
       for (int r = 0; r < R; r++) {
         const f16 q = splat(rows[r][i]);
         a[r] += q * x;
         b[r] += q * y;
       }
     }
-    for (int r = 0; r < R; r++) put(out + r * width + j, a[r]), put(out + r * width + j + 16, b[r]);
+    for (int r = 0; r < R; r++) put(out + j * R + r * 32, a[r]), put(out + j * R + r * 32 + 16, b[r]);
   }
 }
 
 // out[r] = sum over j < end of weights[r, j] * x[j], for R rows.
 template <int R, int D>
-inline void weighted_sums(const float* weights, int64_t width, const Tensor& x, const Span& s, int64_t h, int64_t end,
-                          float (*out)[D]) {
+inline void weighted_sums(const float* weights, const float* x, int64_t end, float (*out)[D]) {
   f16 acc[R][D / 16] = {};
   for (int64_t j = 0; j < end; j++) {
-    const float* row = x.at(s.token(j), h);
+    const float* w = weights + place<R>(j, 0);
     for (int c = 0; c < D / 16; c++) {
-      const f16 v = load(row + c * 16);
-      for (int r = 0; r < R; r++) acc[r][c] += splat(weights[r * width + j]) * v;
+      const f16 v = load(x + j * D + c * 16);
+      for (int r = 0; r < R; r++) acc[r][c] += splat(w[r * 32]) * v;
     }
   }
   for (int r = 0; r < R; r++)
@@ -81,42 +110,54 @@ inline void weighted_sums(const float* weights, int64_t width, const Tensor& x, 
 
 // x[j] += sum over r of weights[r, j] * rows[r], for all j < end.
 template <int R, int D>
-inline void add_outer(const float* weights, int64_t width, const float* const* rows, float* x, int64_t end) {
+inline void add_outer(const float* weights, const float (*rows)[D], float* x, int64_t end) {
   f16 a[R][D / 16];
   for (int r = 0; r < R; r++)
     for (int c = 0; c < D / 16; c++) a[r][c] = load(rows[r] + c * 16);
-  for (int64_t j = 0; j < end; j++)
+  for (int64_t j = 0; j < end; j++) {
+    const float* w = weights + place<R>(j, 0);
     for (int c = 0; c < D / 16; c++) {
       f16 sum = load(x + j * D + c * 16);
-      for (int r = 0; r < R; r++) sum += splat(weights[r * width + j]) * a[r][c];
+      for (int r = 0; r < R; r++) sum += splat(w[r * 32]) * a[r][c];
       put(x + j * D + c * 16, sum);
     }
+  }
 }
 
-// Scores of R queries, the first of them level with key `first` -> weights e^(s - lse), zero past the diagonal.
+// Scores from key j on, with `none` in place of those past key `last`.
+inline f16 up_to(int64_t last, int64_t j, f16 scores, float none) {
+  return j + 15 <= last ? scores : where(LANES > splat((float)(last - j)), splat(none), scores);
+}
+
+// The highest scaled score of each of R queries, the first of them level with key `first`.
 template <int R>
-inline void softmax(float* scores, int64_t width, int64_t first, int64_t count, float scale, float* lse, bool known) {
+inline void peaks(const float* scores, int64_t first, int64_t count, float scale, float* peak) {
   for (int64_t r = 0; r < R; r++) {
-    float* s = scores + r * width;
-    const int64_t last = first + (r < count ? r : count - 1), end = padded(first + count);
-    if (!known) {
-      f16 most = splat(NEVER);
-      for (int64_t j = 0; j <= last; j += 16) {
-        const f16 x = where(LANES > splat((float)(last - j)), splat(NEVER), load(s + j) * scale);
-        most = where(x > most, x, most);
-      }
-      const float peak = highest_of(most);
-      f16 total = {};
-      for (int64_t j = 0; j <= last; j += 16) {
-        const f16 e = exp16(load(s + j) * scale - peak);
-        total += where(LANES > splat((float)(last - j)), splat(0), e);
-      }
-      lse[r] = peak + __builtin_logf(sum(total));
+    const int64_t last = first + least(r, count - 1);
+    f16 most = splat(NEVER);
+    for (int64_t j = 0; j <= last; j += 16) {
+      const f16 x = up_to(last, j, load(scores + place<R>(j, r)) * scale, NEVER);
+      most = where(x > most, x, most);
     }
+    peak[r] = highest_of(most);
+  }
+}
+
+// Scores of R queries -> weights e^(scale * s - shift), zero past the diagonal, and the sums of each query's.
+template <int R>
+inline void exponentials(float* scores, int64_t first, int64_t count, float scale, const float* shift, float* sums) {
+  for (int64_t r = 0; r < R; r++) {
+    const int64_t last = first + least(r, count - 1), end = padded(first + count);
+    f16 total = {};
     int64_t j = 0;
-    for (; j <= last; j += 16)
-      put(s + j, where(LANES > splat((float)(last - j)), splat(0), exp16(load(s + j) * scale - lse[r])));
-    for (; j < end; j += 16) put(s + j, splat(0));
+    for (; j <= last; j += 16) {
+      float* s = scores + place<R>(j, r);
+      const f16 e = up_to(last, j, exp16(load(s) * scale - shift[r]), 0);
+      put(s, e);
+      total += e;
+    }
+    for (; j < end; j += 16) put(scores + place<R>(j, r), splat(0));
+    sums[r] = sum(total);
   }
 }
 
@@ -136,21 +177,24 @@ template <int D>
 void forward(const Task& t, const Span& s, int64_t kv_head, float* scratch) {
   const int R = Rows<D>::count;
   const int64_t width = padded(s.keys()), start = s.start, L = s.L;
-  float *keys = scratch, *scores = keys + D * width;
-  transpose<D>(t.k, s, kv_head, keys);
+  float *keys = scratch, *values = keys + D * width, *scores = values + D * width;
+  gather_columns<D>(t.k, s, kv_head, keys);
+  gather_rows<D>(t.v, s, kv_head, values);
   for (int64_t g = 0; g < t.group; g++) {
     const int64_t h = kv_head * t.group + g;
     for (int64_t first = 0; first < L; first += R) {
-      const int64_t count = L - first < R ? L - first : R;
-      const float* rows[R];
-      for (int r = 0; r < R; r++) rows[r] = t.q.at(start + first + (r < count ? r : count - 1), h);
-      float lse[R], out[R][D];
-      products<R, D>(rows, keys, width, s.P + first + count, scores);
-      softmax<R>(scores, width, s.P + first, count, t.scale, lse, false);
-      weighted_sums<R, D>(scores, width, t.v, s, kv_head, s.P + first + count, out);
+      const int64_t count = least(R, L - first), end = s.P + first + count;
+      float rows[R][D], peak[R], total[R], out[R][D];
+      for (int64_t r = 0; r < R; r++)
+        memcpy(rows[r], t.q.at(start + first + least(r, count - 1), h), sizeof rows[r]);
+      products<R, D>(rows, keys, end, scores);
+      peaks<R>(scores, s.P + first, count, t.scale, peak);
+      exponentials<R>(scores, s.P + first, count, t.scale, peak, total);
+      weighted_sums<R, D>(scores, values, end, out);
       for (int64_t r = 0; r < count; r++) {
-        memcpy(t.out.at(start + first + r, h), out[r], D * sizeof(float));
-        t.lse[h * t.tokens + start + first + r] = lse[r];
+        float* to = t.out.at(start + first + r, h);
+        for (int c = 0; c < D; c += 16) put(to + c, load(out[r] + c) * (1.f / total[r]));
+        t.lse[h * t.tokens + start + first + r] = peak[r] + __builtin_logf(total[r]);
       }
     }
   }
@@ -161,39 +205,39 @@ void backward(const Task& t, const Tensor& grad, const Tensor& grad_q, const Ten
               const Span& s, int64_t kv_head, float* scratch) {
   const int R = Rows<D>::count;
   const int64_t width = padded(s.keys()), start = s.start, L = s.L;
-  float *keys = scratch, *values = keys + D * width, *weights = values + D * width, *slopes = weights + R * width;
-  float *sum_k = slopes + R * width, *sum_v = sum_k + width * D;
-  transpose<D>(t.k, s, kv_head, keys);
-  transpose<D>(t.v, s, kv_head, values);
+  float *key_rows = scratch, *keys = key_rows + D * width, *values = keys + D * width, *weights = values + D * width;
+  float *slopes = weights + R * width, *sum_k = slopes + R * width, *sum_v = sum_k + width * D;
+  gather_rows<D>(t.k, s, kv_head, key_rows);
+  gather_columns<D>(t.k, s, kv_head, keys);
+  gather_columns<D>(t.v, s, kv_head, values);
   memset(sum_k, 0, 2 * width * D * sizeof(float));
   for (int64_t g = 0; g < t.group; g++) {
     const int64_t h = kv_head * t.group + g;
     for (int64_t first = 0; first < L; first += R) {
-      const int64_t count = L - first < R ? L - first : R, end = s.P + first + count;
-      const float *queries[R], *grads[R];
-      float lse[R], delta[R], out[R][D];
-      for (int r = 0; r < R; r++) {
-        const int64_t row = start + first + (r < count ? r : count - 1);
-        queries[r] = t.q.at(row, h), grads[r] = grad.at(row, h);
+      const int64_t count = least(R, L - first), end = s.P + first + count;
+      float queries[R][D], grads[R][D], lse[R], delta[R], sums[R], out[R][D];
+      for (int64_t r = 0; r < R; r++) {
+        const int64_t row = start + first + least(r, count - 1);
+        memcpy(queries[r], t.q.at(row, h), sizeof queries[r]);
+        memcpy(grads[r], grad.at(row, h), sizeof grads[r]);
         lse[r] = t.lse[h * t.tokens + row];
         f16 dot = {};
         for (int c = 0; c < D; c += 16) dot += load(grads[r] + c) * load(t.out.at(row, h) + c);
         delta[r] = sum(dot);
       }
-      products<R, D>(queries, keys, width, end, weights);
-      softmax<R>(weights, width, s.P + first, count, t.scale, lse, true);
-      products<R, D>(grads, values, width, end, slopes);
+      products<R, D>(queries, keys, end, weights);
+      exponentials<R>(weights, s.P + first, count, t.scale, lse, sums);
+      products<R, D>(grads, values, end, slopes);
       for (int64_t r = 0; r < R; r++)
         for (int64_t j = 0; j < end; j += 16) {
-          // A tile's rows past the end repeat its last one: they must add nothing.
-          const f16 p = r < count ? load(weights + r * width + j) : f16{};
-          put(weights + r * width + j, p);
-          put(slopes + r * width + j, p * (load(slopes + r * width + j) - delta[r]) * t.scale);
+          float *w = weights + place<R>(j, r), *slope = slopes + place<R>(j, r);
+          if (r >= count) put(w, splat(0));  // a tile's rows past the end repeat its last one: they must add nothing
+          put(slope, load(w) * (load(slope) - delta[r]) * t.scale);
         }
-      add_outer<R, D>(weights, width, grads, sum_v, end);
-      add_outer<R, D>(slopes, width, queries, sum_k, end);
-      weighted_sums<R, D>(slopes, width, t.k, s, kv_head, end, out);
-      for (int64_t r = 0; r < count; r++) memcpy(grad_q.at(start + first + r, h), out[r], D * sizeof(float));
+      add_outer<R, D>(weights, grads, sum_v, end);
+      add_outer<R, D>(slopes, queries, sum_k, end);
+      weighted_sums<R, D>(slopes, key_rows, end, out);
+      for (int64_t r = 0; r < count; r++) memcpy(grad_q.at(start + first + r, h), out[r], sizeof out[r]);
     }
   }
   for (int64_t j = 0; j < s.P; j++)  // the prefix's own gradients are there already: a family's first sequence is first
@@ -267,7 +311,7 @@ static Task task_of(const Call& c) {
 extern "C" int packed_attention_forward(const Call* c) {
   const Task t = task_of(*c);
   return by_head_width(c->head_dim, [&]<int D>() {
-    for_each_task(c->bounds, c->prefixes, c->sequences, c->kv_heads, c->threads, D + Rows<D>::count,
+    for_each_task(c->bounds, c->prefixes, c->sequences, c->kv_heads, c->threads, 2 * D + Rows<D>::count,
                   [&](const Span& s, int64_t h, float* scratch) { forward<D>(t, s, h, scratch); });
   });
 }
@@ -275,7 +319,7 @@ extern "C" int packed_attention_forward(const Call* c) {
 extern "C" int packed_attention_backward(const Call* c) {
   const Task t = task_of(*c);
   return by_head_width(c->head_dim, [&]<int D>() {
-    for_each_task(c->bounds, c->prefixes, c->sequences, c->kv_heads, c->threads, 4 * D + 2 * Rows<D>::count,
+    for_each_task(c->bounds, c->prefixes, c->sequences, c->kv_heads, c->threads, 5 * D + 2 * Rows<D>::count,
                   [&](const Span& s, int64_t h, float* scratch) {
                     backward<D>(t, c->grad, c->grad_q, c->grad_k, c->grad_v, s, h, scratch);
                   });

@@ -1,6 +1,6 @@
 // Products of bfloat16 matrices, summed in float, for processors with avx512_bf16 and no matrix unit.
 //
-// out [M, N] = a [M, K] b [K, N]. A word is two bfloat16 numbers that follow each other along K, which the processor
+// out [M, N] = a [M, K] b [K, N], or total += a b in float. A word is two bfloat16 numbers that follow each other along K, which the processor
 // multiplies and adds in one go. b is copied into panels [words][up to 64 columns]; a is read where it lies, unless it
 // is stored the other way round: then it is copied into panels [words][96 rows]. A task is 96 rows by one panel; 6 rows
 // by 64 columns of sums stay in registers.
@@ -83,13 +83,16 @@ inline void transpose(const bf16* data, int64_t stride, int64_t first, int64_t w
 }
 
 // ROWS rows of sums over `words` words. A row of a begins at a[r] and goes on `step` words further; b is [words, 16 V].
-// The sums start from, and go to, `sums` [ROWS, PANEL], unless they start from nothing or go to `out` as bfloat16.
+// The sums start from, and go to, `sums` [ROWS, PANEL]; but the first start from `total`, or nothing, and the last go to
+// `total`, or to `out` as bfloat16.
 template <int V>
 void tile(const uint32_t* const* a, int64_t step, const uint32_t* b, int64_t words, float* sums, bool starts, bool ends,
-          bf16* out, int64_t stride, int64_t count) {
+          bf16* out, float* total, int64_t stride, int64_t count) {
   __m512 acc[ROWS][V];
-  for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < V; v++) acc[r][v] = starts ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * PANEL + v * 16);
+  for (int64_t r = 0; r < ROWS; r++) {
+    const float* from = starts ? total ? total + least(r, count - 1) * stride : nullptr : sums + r * PANEL;
+    for (int v = 0; v < V; v++) acc[r][v] = from ? _mm512_loadu_ps(from + v * 16) : _mm512_setzero_ps();
+  }
   const uint32_t *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
   for (int64_t k = 0; k < words; k++) {
     const int64_t at = k * step;
@@ -107,6 +110,8 @@ void tile(const uint32_t* const* a, int64_t step, const uint32_t* b, int64_t wor
     for (int v = 0; v < V; v++) {
       if (!ends)
         _mm512_storeu_ps(sums + r * PANEL + v * 16, acc[r][v]);
+      else if (r < count && total)
+        _mm512_storeu_ps(total + r * stride + v * 16, acc[r][v]);
       else if (r < count)
         _mm256_storeu_si256((__m256i*)(out + r * stride + v * 16), (__m256i)_mm512_cvtneps_pbh(acc[r][v]));
     }
@@ -116,6 +121,7 @@ struct Task {
   Matrix a;
   const uint32_t *packed_a, *packed_b;
   bf16* out;
+  float* total;
   int64_t M, N, words;
 };
 
@@ -127,15 +133,15 @@ void panel(const Task& t, int64_t row, int64_t column) {
   for (int64_t k = 0; k < t.words; k += DEPTH) {
     const int64_t words = least(DEPTH, t.words - k);
     for (int64_t m = 0; m < rows; m += ROWS) {
-      const int64_t count = least(ROWS, rows - m);
+      const int64_t count = least(ROWS, rows - m), at = (row + m) * t.N + column;
       const uint32_t* a[ROWS];
       for (int64_t r = 0; r < ROWS; r++) {
-        const int64_t at = m + (r < count ? r : count - 1);
-        a[r] = t.packed_a ? t.packed_a + (row * t.words + k * CHUNK) + at
-                          : (const uint32_t*)(t.a.data + (row + at) * t.a.stride) + k;
+        const int64_t line = m + least(r, count - 1);
+        a[r] = t.packed_a ? t.packed_a + (row * t.words + k * CHUNK) + line
+                          : (const uint32_t*)(t.a.data + (row + line) * t.a.stride) + k;
       }
       tile<V>(a, t.packed_a ? CHUNK : 1, b + k * 16 * V, words, sums + m * PANEL, k == 0, k + words == t.words,
-              t.out + (row + m) * t.N + column, t.N, count);
+              t.out + at, t.total ? t.total + at : nullptr, t.N, count);
     }
   }
 }
@@ -143,13 +149,13 @@ void panel(const Task& t, int64_t row, int64_t column) {
 }  // namespace
 
 // N is a multiple of 16; K is even, or both matrices have K first; M is a multiple of 16 where a is transposed.
-// 0: there was no memory.
-extern "C" int product(Matrix a, Matrix b, bf16* out, int64_t M, int64_t N, int64_t K, int64_t threads) {
+// Of out and total one is null. 0: there was no memory, and nothing was written.
+extern "C" int product(Matrix a, Matrix b, bf16* out, float* total, int64_t M, int64_t N, int64_t K, int64_t threads) {
   const int64_t words = (K + 1) / 2, chunks = (M + CHUNK - 1) / CHUNK, panels = (N + PANEL - 1) / PANEL;
   uint32_t* packed_b = (uint32_t*)aligned_alloc(64, words * N * 4);
   uint32_t* packed_a = a.transposed ? (uint32_t*)aligned_alloc(64, words * chunks * CHUNK * 4) : nullptr;
   const bool fits = packed_b && (packed_a || !a.transposed);
-  const Task task = {a, packed_a, packed_b, out, M, N, words};
+  const Task task = {a, packed_a, packed_b, out, total, M, N, words};
   if (fits)
 #pragma omp parallel num_threads((int)threads)
   {

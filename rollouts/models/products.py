@@ -29,18 +29,28 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b`` of matrices [M, K] and [K, N], which may be transposed views; no gradient flows through it."""
     if not (a.dtype == b.dtype == torch.bfloat16 and a.device.type == "cpu"):
         return a @ b
+    out = torch.empty(a.shape[0], b.shape[1], dtype=torch.bfloat16)
+    return out if _compute(a, b, out, None) else a @ b
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``total += a @ b``, total [M, N] float32 and contiguous: without a product in between where ours is at hand."""
+    if not (a.dtype == b.dtype == torch.bfloat16 and a.device.type == "cpu" and _compute(a, b, None, total)):
+        total += a @ b
+
+
+def _compute(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None, total: torch.Tensor | None) -> bool:
+    """By products.cpp, into ``out`` or onto ``total``. False: not here, and nothing was written."""
     library = _library()
     (m, k), n = a.shape, b.shape[1]
     left, right = _matrix(a), _matrix(b)
     if library is None or left is None or right is None or min(m, k) < 16 or n % 16 or n == 0:
-        return a @ b
+        return False
     if (k % 2 and not (left.transposed and not right.transposed)) or (left.transposed and m % 16):
-        return a @ b
-    out = torch.empty(m, n, dtype=torch.bfloat16)
-    done = library.product(
-        left, right, ctypes.c_void_p(out.data_ptr()), *map(ctypes.c_int64, (m, n, k, torch.get_num_threads()))
-    )
-    return out if done else a @ b
+        return False
+    assert total is None or (total.is_contiguous() and total.dtype == torch.float32 and total.shape == (m, n))
+    into = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (out, total)]
+    return bool(library.product(left, right, *into, *map(ctypes.c_int64, (m, n, k, torch.get_num_threads()))))
 
 
 def _matrix(x: torch.Tensor) -> _Matrix | None:

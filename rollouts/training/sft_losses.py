@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from rollouts.models.products import product
+from rollouts.models.products import add_product, product
 from rollouts.training.softmax_rows import RowColumns, softmax_rows_
 
-# Logits of one chunk, in elements: 4 Mi bfloat16 values are 8 MB.
-CHUNK_ELEMENTS = 1 << 22
+# Logits of one chunk, in elements: 8 Mi bfloat16 values are 16 MB. Each chunk lays out the output layer's weights anew.
+CHUNK_ELEMENTS = 1 << 23
 
 
 class LossOutput(NamedTuple):
@@ -143,7 +143,7 @@ class _CrossEntropy(torch.autograd.Function):
                 narrow = gradient if weight is None else product(gradient, weight)
                 grad_source.index_copy_(0, rows[chunk], narrow.mul_(row_weights[chunk]))
             if grad_weight is not None:
-                grad_weight += product(gradient.T, inputs.mul_(row_weights[chunk]))
+                add_product(grad_weight, gradient.T, inputs.mul_(row_weights[chunk]))
             if grad_bias is not None:
                 grad_bias += weights[chunk] @ gradient.float()
         ctx.save_for_backward(grad_source, grad_weight, grad_bias)

@@ -65,9 +65,7 @@ void rows(const T* logits, int64_t n, int64_t V, float scale, const int64_t* tar
         }
         a = (a - top) * scale;
         a = a > LOWEST ? a : f16{} + LOWEST;
-        f16 e = exponential(a);
-        if (v >= whole)
-          for (int64_t i = V; i < padded; i++) e[i - v] = 0.f;
+        const f16 e = exponential(a);  // past the end it is the smallest number there is
         *(f16*)(weights + v) = e;
         z += e;
         dot += e * a;

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rollouts.models import products
-from rollouts.models.products import BFloat16Linear, product, use_fast_products
+from rollouts.models.products import BFloat16Linear, add_product, product, use_fast_products
 
 needs_compiled = pytest.mark.skipif(products._library() is None, reason="needs avx512_bf16, no AMX and a compiler")
 
@@ -44,7 +44,13 @@ def test_products_are_those_of_float64(m: int, k: int, n: int, left: bool, right
     exact = a.double() @ b.double()
     assert out.dtype == torch.bfloat16 and out.is_contiguous()
     # One rounding to 8 bits at the end, and float32 sums on the way.
-    torch.testing.assert_close(out.double(), exact, rtol=2.0**-8, atol=1e-5 * k**0.5 * k**0.5)
+    torch.testing.assert_close(out.double(), exact, rtol=2.0**-8, atol=1e-5 * k)
+
+    total = torch.randn(m, n)
+    exact += total.double()
+    add_product(total, a, b)
+    rounded = not products._compute(a, b, None, torch.zeros(m, n))  # torch's product is, before it is added
+    torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-5 * k + rounded * 2.0**-5 * k**0.5)
 
 
 @needs_compiled

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from rollouts.models.products import product
+from rollouts.models.products import add_product, product
 from rollouts.training.sft_losses import DeferredLogits, project
 from rollouts.training.softmax_rows import IMPOSSIBLE, RowColumns, row_products, scaled_logits, softmax_rows_
 
@@ -247,7 +247,7 @@ class _TokenStatistics(torch.autograd.Function):
                 grad_source.index_copy_(0, at, passed if narrow is None else passed.mul_(narrow))
             if grad_weight is not None:
                 inputs = source.index_select(0, at)
-                grad_weight += product(gradient.T, inputs if narrow is None else inputs.mul_(narrow))
+                add_product(grad_weight, gradient.T, inputs if narrow is None else inputs.mul_(narrow))
             if grad_bias is not None:
                 grad_bias += gradient.sum(0, dtype=torch.float32) if narrow is None else (gradient.T @ narrow)[:, 0]
         dtype = None if weight is None else weight.dtype
