@@ -111,14 +111,18 @@ def source_names(spec: DatasetSpec) -> list[str]:
 
 
 def content_hash(spec: DatasetSpec) -> str:
-    """SHA-256 over the bytes of all files of a source (of a hub data set: its fingerprint), not over their names."""
+    """SHA-256 over the bytes of all files of a source (of a hub data set: its fingerprint) and how they are read.
+
+    Not over their names: a renamed file is the same data.
+    """
     digest = hashlib.sha256()
     if not Path(spec.path).exists():
         digest.update(_load_hub(spec)._fingerprint.encode())
         return digest.hexdigest()
     for file in list_files(spec):
         with open(file, "rb") as f:
-            digest.update(f"{_kind(file)} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
+            kind = f"{_kind(file)}{'.gz' if file.suffix == '.gz' else ''}"
+            digest.update(f"{kind} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
 
 

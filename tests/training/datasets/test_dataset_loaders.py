@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -224,6 +225,17 @@ def test_cache_is_found_by_content(tmp_path: Path, tiny_tokenizer: PreTrainedTok
     changed = write(tmp_path / "b.jsonl", [qa(i) for i in range(1, 6)])
     assert folders_after(changed) == 5
     assert "What is 1?" in tiny_tokenizer.decode(load_sft_dataset(changed, tiny_tokenizer)[0].tokens)
+
+
+def test_cache_tells_apart_how_a_file_is_read(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, cache: Path
+) -> None:
+    """The same bytes under three names: no gzip stream, lines of plain text, and rows."""
+    rows = write(tmp_path / "a.jsonl", [qa(i) for i in range(5)])
+    with pytest.raises(UserError, match="gzip stream is damaged"):
+        load_sft_dataset(shutil.copy(rows, tmp_path / "a.jsonl.gz"), tiny_tokenizer)
+    load_sft_dataset(shutil.copy(rows, tmp_path / "a.txt"), tiny_tokenizer)
+    assert "What is 4?" in tiny_tokenizer.decode(load_sft_dataset(rows, tiny_tokenizer)[4].tokens)
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "mask.bin", "offsets.bin", "lines.bin", "info.json"])
