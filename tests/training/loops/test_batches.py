@@ -56,6 +56,9 @@ def test_work_is_spread_evenly() -> None:
     alone = plan_micro_batches(range(51, 61), 60, 2)  # too long to share: 60, 57, 56, ... and 59, 58, 55, ...
     loads = [sum(range(51, 61)[i] for m in of_rank for i in m) for of_rank in alone]
     assert max(loads) - min(loads) <= 1
+    lengths = np.array([80, 70, 60, 55, 40])  # bins of 80, 70, 100 and 55: the heaviest meet first
+    turns = plan_micro_batches(lengths, 100, 2)
+    assert [[lengths[m].sum() for m in of_rank] for of_rank in turns] == [[100, 55], [80, 70]]
     few = plan_micro_batches([100, 100, 100, 100], 1000, 2)  # one bin would hold them; two ranks share them
     assert [[len(m) for m in of_rank] for of_rank in few] == [[2], [2]]
 
@@ -123,6 +126,12 @@ def test_the_ranks_batches_hold_the_steps_tokens(lengths: list[int], world: int,
         for batch in collate_step(samples, order, 32, packing, rank, world):
             learned += batch["labels"].flatten()[batch["loss_positions"]].tolist()
     assert sorted(learned) == sorted(t for s in samples for t in s.tokens[1:])
+
+
+def test_a_step_takes_the_samples_of_its_indices() -> None:
+    samples = [Sample(tokens=[i] * (i + 2), loss_mask=[1.0] * (i + 2)) for i in range(6)]
+    (batch,) = collate_step(samples, [4, 1], 100)
+    assert sorted(batch["input_ids"][0].tolist()) == [1] * 3 + [4] * 6
 
 
 def test_an_empty_batch_has_the_packed_form_and_no_loss() -> None:
