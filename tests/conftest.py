@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import random
@@ -26,6 +27,15 @@ if TYPE_CHECKING:
 # How long an example takes says what else the machine does.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+SHARE_OF_BYTES = """
+def share_of_bytes(sample):
+    ids = [token for token, learned in zip(sample.tokens, sample.loss_mask) if learned]
+    return sum(token < 256 for token in ids) / len(ids)
+
+share_of_bytes.isolation = "inline"
+"""
 
 
 @pytest.fixture(scope="session")
@@ -98,13 +108,34 @@ def make_tiny_model(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., Pr
 
 
 @pytest.fixture(scope="session")
-def tiny_model_dir(
+def save_tiny_model(
     make_tiny_model: Callable[..., PreTrainedModel],
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
+) -> Callable[..., Path]:
+    """``save_tiny_model(**changes)``: a tiny model and tokenizer in a new folder, in the Hugging Face layout."""
+
+    def save(**changes: object) -> Path:
+        folder = tmp_path_factory.mktemp("tiny_model")
+        make_tiny_model(**changes).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(save_tiny_model: Callable[..., Path]) -> Path:
     """The tiny model and tokenizer saved in the Hugging Face layout; read-only by agreement, copy it to change it."""
-    folder = tmp_path_factory.mktemp("tiny_model")
-    make_tiny_model().save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny_model()
+
+
+@pytest.fixture
+def rl_task(tmp_path: Path) -> dict[str, object]:
+    """Prompts, and a reward that random models get a part of, written to ``tmp_path``; the recipe's keys for them."""
+    words = "apple bridge candle dragon engine forest garden harbor".split()
+    rows = [{"prompt": f"Tell me about the {word}", "answer": word} for word in words]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "reward.py").write_text(SHARE_OF_BYTES)
+    data = {"train": "prompts.jsonl", "validation": "prompts.jsonl"}
+    return {"data": data, "reward": "reward.py:share_of_bytes"}

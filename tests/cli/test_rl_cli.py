@@ -20,26 +20,13 @@ from rollouts.cli.main import main
 from rollouts.training import AsyncRolloutManager, PyTorchTrainingBackend
 from rollouts.training.rollout_gen.ledger import GroupState
 
-REWARD = """
-def share_of_bytes(sample):
-    ids = [token for token, learned in zip(sample.tokens, sample.loss_mask) if learned]
-    return sum(token < 256 for token in ids) / len(ids)
-
-share_of_bytes.isolation = "inline"
-"""
-
 
 @pytest.fixture
-def recipe(tmp_path: Path, tiny_model_dir: Path) -> Path:
+def recipe(tmp_path: Path, tiny_model_dir: Path, rl_task: dict[str, Any]) -> Path:
     """A recipe whose run takes seconds."""
-    words = "apple bridge candle dragon engine forest garden harbor".split()
-    rows = [{"prompt": f"Tell me about the {word}", "answer": word} for word in words]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "reward.py").write_text(REWARD)
     values = {
+        **rl_task,
         "model": {"path": str(tiny_model_dir), "precision": "float32"},
-        "data": {"train": "prompts.jsonl", "validation": "prompts.jsonl"},
-        "reward": "reward.py:share_of_bytes",
         "rollout": {"batch_size": 4, "n_samples_per_prompt": 4, "max_tokens": 6},
         "train": {"num_steps": 4, "eval_every": 2, "checkpoint_every": 2},
         "optimizer": {"lr": 1e-3},
@@ -99,6 +86,23 @@ def test_a_run_that_was_stopped_goes_on_and_another_forks_from_it(
     capsys.readouterr()
     assert main(["rl", str(recipe), "--rollout.temperature", "0.5"]) == 2
     assert "rollout.temperature" in capsys.readouterr().err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_a_run_is_the_same_again(recipe: Path, threads: str, precision: str) -> None:
+    """In processes of their own, and to the last bit: what is sampled, its log-probs, and the weights at the end."""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    found = []
+    for i in range(4):
+        folder = recipe.parent / f"run_{i}"
+        command = [sys.executable, "-m", "rollouts", "rl", recipe, "--run_dir", folder, "--model.precision", precision]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append([(folder / name).read_bytes() for name in ("rollouts.jsonl", "final/model.safetensors")])
+    assert all(again == found[0] for again in found[1:])
 
 
 def test_stored_rollouts_alone_are_learned_from(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from real_engines import sglang_server, vllm_server
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rollouts.cli.main import main
 from rollouts.training.weight_sync import SGLangEngine, VLLMEngine, WeightSyncError, check_engine
@@ -21,13 +21,6 @@ from rollouts.training.weight_sync import SGLangEngine, VLLMEngine, WeightSyncEr
 pytestmark = [pytest.mark.engines, pytest.mark.anyio]
 
 TEMPERATURE = 0.8
-REWARD = """
-def share_of_bytes(sample):
-    ids = [token for token, learned in zip(sample.tokens, sample.loss_mask) if learned]
-    return sum(token < 256 for token in ids) / len(ids)
-
-share_of_bytes.isolation = "inline"
-"""
 
 
 @pytest.fixture
@@ -36,16 +29,9 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="module")
-def model_folder(
-    make_tiny_model: Callable[..., PreTrainedModel],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
+def model_folder(save_tiny_model: Callable[..., Path]) -> Path:
     """A float32 model with heads of 32, which vLLM's CPU attention wants."""
-    folder = tmp_path_factory.mktemp("rl_model")
-    make_tiny_model(initializer_range=0.1, head_dim=32, max_position_embeddings=2048).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny_model(initializer_range=0.1, head_dim=32, max_position_embeddings=2048)
 
 
 @pytest.fixture(scope="module", params=["vllm", "sglang"])
@@ -59,15 +45,11 @@ def address(request: pytest.FixtureRequest, model_folder: Path) -> Iterator[tupl
             yield "sglang", url
 
 
-def train(model_folder: Path, folder: Path, engine: dict[str, Any], **changes: Any) -> list[dict[str, Any]]:
+def train(model_folder: Path, task: dict[str, Any], folder: Path, engine: dict[str, Any], **changes: Any) -> list[Any]:
     """Run the recipe; gives the metrics of its steps."""
-    words = "apple bridge candle dragon engine forest garden harbor".split()
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Tell me about {w}"}) + "\n" for w in words))
-    (folder / "reward.py").write_text(REWARD)
     values = {
+        **task,
         "model": {"path": str(model_folder), "precision": "float32"},
-        "data": {"train": "prompts.jsonl", "validation": "prompts.jsonl"},
-        "reward": "reward.py:share_of_bytes",
         "rollout": {"batch_size": 4, "n_samples_per_prompt": 4, "max_tokens": 16, "temperature": TEMPERATURE},
         "train": {"num_steps": 3, "checkpoint_every": 0, "eval_every": 3},
         "optimizer": {"lr": 3e-3},
@@ -109,7 +91,7 @@ def check_samples(start: Path, run: Path, num_steps: int = 3) -> None:
 @pytest.mark.parametrize("weights", ["push", "disk"])
 @pytest.mark.parametrize("lora", [False, True])
 async def test_three_steps_of_grpo(
-    address: tuple[str, str], model_folder: Path, tmp_path: Path, weights: str, lora: bool
+    address: tuple[str, str], model_folder: Path, rl_task: dict[str, Any], tmp_path: Path, weights: str, lora: bool
 ) -> None:
     """All weights, or an adapter merged into them; out of memory, or through a folder."""
 
@@ -118,7 +100,7 @@ async def test_three_steps_of_grpo(
     if lora:
         model["lora"] = {"r": 4}
     engine = {"kind": kind, "url": url, "weights": weights}
-    rows = await anyio.to_thread.run_sync(lambda: train(model_folder, tmp_path, engine, model=model))
+    rows = await anyio.to_thread.run_sync(lambda: train(model_folder, rl_task, tmp_path, engine, model=model))
     assert [row["step"] for row in rows] == [1, 2, 3] and "eval_reward" in rows[2]
     assert max(row["mismatch_kl"] for row in rows) < 1e-6
     assert all(row["grad_norm"] > 0 for row in rows)
@@ -135,7 +117,7 @@ async def test_three_steps_of_grpo(
         await check_engine(served, 3, reference=partial(log_probs, start), tolerance=1e-4)
 
 
-async def test_an_adapter_alone_on_vllm(model_folder: Path, tmp_path: Path) -> None:
+async def test_an_adapter_alone_on_vllm(model_folder: Path, rl_task: dict[str, Any], tmp_path: Path) -> None:
     """`weights: auto` finds out that this server takes adapters; the base model stays where it is."""
 
     flags = ("--enable-lora", "--max-lora-rank", "8")
@@ -143,7 +125,7 @@ async def test_an_adapter_alone_on_vllm(model_folder: Path, tmp_path: Path) -> N
         model = {"path": str(model_folder), "precision": "float32", "lora": {"r": 8}}
         engine = {"kind": "vllm", "url": url}
         rows = await anyio.to_thread.run_sync(
-            lambda: train(model_folder, tmp_path, engine, model=model, optimizer={"lr": 1e-2})
+            lambda: train(model_folder, rl_task, tmp_path, engine, model=model, optimizer={"lr": 1e-2})
         )
         assert max(row["mismatch_kl"] for row in rows) < 1e-5
         check_samples(model_folder, tmp_path / "run")
