@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 
 import anyio
 import pytest
@@ -40,6 +42,26 @@ def pending(count: int, prompt: object = QUESTION, first_seed: int = 0) -> list[
         Sample(prompt=prompt, id=f"{i}", status=SampleStatus.PENDING, metadata={"seed": first_seed + i})  # type: ignore[arg-type]
         for i in range(count)
     ]
+
+
+@asynccontextmanager
+async def held_after(engine: EmbeddedEngine, num_tokens: int) -> AsyncIterator[threading.Event]:
+    """The engine's thread stops between two steps when so many tokens are sampled, sets the event, and goes on after
+    the block."""
+    held, let_go = threading.Event(), threading.Event()
+
+    def look() -> None:
+        if engine.num_sampled_tokens >= num_tokens:
+            held.set()
+            let_go.wait()
+        else:
+            engine._thread.send(look)
+
+    engine._thread.send(look)
+    try:
+        yield held
+    finally:
+        let_go.set()
 
 
 async def test_everything_known_of_a_sample_is_stored(
@@ -96,12 +118,13 @@ async def test_an_aborted_sample_goes_on_where_it_was(
 ) -> None:
     generate = EngineGenerate(engine, tiny_tokenizer, SamplingParams(max_tokens=1500, ignore_eos=True))
     samples = pending(40)  # more than there are rows
-    async with anyio.create_task_group() as tasks:
+    async with anyio.create_task_group() as tasks, held_after(engine, 500) as held:
         tasks.start_soon(generate, samples)
         with anyio.fail_after(240):
-            while engine.num_sampled_tokens < 500:
+            while not held.is_set():
                 await anyio.sleep(0.001)
-        await generate.abort()
+        tasks.start_soon(generate.abort)
+        await anyio.wait_all_tasks_blocked()  # the engine has been told, and comes to it when it is let go
     assert {s.status for s in samples} == {SampleStatus.ABORTED}
     assert engine.num_running == engine.num_waiting == 0
     part = max(samples, key=len)
