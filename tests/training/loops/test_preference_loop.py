@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -153,6 +157,70 @@ def test_kto_is_the_papers(make_tiny_model: MakeModel) -> None:
     assert row["reference_point"] == pytest.approx(z, rel=1e-3, abs=1e-5)
     assert row["loss"] == pytest.approx(sum(values) / 7, rel=1e-4)
     assert row["num_tokens"] == 7  # answers are counted
+
+
+def test_kto_is_trls(make_tiny_model: MakeModel) -> None:
+    """Steps of plain SGD by the loss of trl's KTOTrainer, on the same answers and the same mismatched ones."""
+    pytest.importorskip("trl")
+    from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference, KTOTrainer
+    from trl.trainer.utils import add_fused_lm_head
+
+    pairs = [replace(pair, **{"rejected" if i % 4 else "chosen": None}) for i, pair in enumerate(make_pairs(8))]
+    loss = PreferenceConfig("kto", beta=0.3, desirable_weight=1.2, undesirable_weight=0.4)
+    policy = make_tiny_model()
+    backend = PyTorchTrainingBackend(policy, torch.optim.SGD(policy.parameters(), lr=0.5), max_grad_norm=None)
+    settings = PreferenceTrainingConfig(
+        loss=loss, num_steps=4, batch_size=8, shuffle=False, max_tokens_per_micro_batch=30
+    )
+    history = run(backend, pairs, settings)
+
+    answers = [s for pair in pairs for s in pair.samples]
+    cuts = [s.loss_mask.index(1) for s in answers]
+    completions = [list(s.tokens[cut:]) for s, cut in zip(answers, cuts, strict=True)]
+    inputs = DataCollatorForUnpairedPreference(pad_token_id=0).torch_call(
+        [
+            {
+                "prompt_ids": list(s.tokens[:cut]),
+                "completion_ids": completion,
+                "KL_completion_ids": mismatched,
+                "label": pair.chosen is not None,
+            }
+            for pair, s, cut, completion, mismatched in zip(
+                pairs, answers, cuts, completions, [*completions[1:], completions[0]], strict=True
+            )
+        ]
+    )
+    assert 0 < sum(inputs["label"]) < 8
+    model, reference = make_tiny_model(), make_tiny_model()
+    for each in (model, reference):
+        add_fused_lm_head(each, outputs=("log_probs", "entropy", "mean_logits"))
+    trainer = SimpleNamespace(
+        model=model, ref_model=reference, beta=0.3, desirable_weight=1.2, undesirable_weight=0.4, loss_type="kto",
+        calculate_KL=True, precompute_ref_logps=False, aux_loss_enabled=False, _total_train_tokens=0, _tp_size=1,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None), _metrics={"train": defaultdict(list)},
+        accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x),
+    )  # fmt: skip
+    trainer._compute_kl_logps = functools.partial(KTOTrainer._compute_kl_logps, trainer)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for row in history:
+        optimizer.zero_grad()
+        theirs = KTOTrainer._compute_loss(trainer, model, inputs, False)
+        theirs.backward()
+        assert row["loss"] == pytest.approx(theirs.item(), rel=1e-4)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        optimizer.step()
+    measured = trainer._metrics["train"]
+    for ours, name in (
+        ("reference_point", "kl"),
+        ("reward_chosen", "rewards/chosen"),
+        ("reward_rejected", "rewards/rejected"),
+    ):
+        assert [row[ours] for row in history] == pytest.approx(measured[name], rel=1e-2, abs=1e-4), name
+    assert max(measured["kl"]) > 0.01  # else nothing is said of the reference point
+    for (name, a), b in zip(policy.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("name", LOSSES)
