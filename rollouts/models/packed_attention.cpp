@@ -93,19 +93,23 @@ inline void products(const float (*rows)[D], const float* columns, int64_t end, 
   }
 }
 
-// out[r] = sum over j < end of weights[r, j] * x[j], for R rows.
-template <int R, int D>
+// out[r] = sum over j < end of weights[r, j] * x[j], for R rows; at most 64 columns at a time, which registers can hold.
+template <int R, int D, int FROM = 0>
 inline void weighted_sums(const float* weights, const float* x, int64_t end, float (*out)[D]) {
-  f16 acc[R][D / 16] = {};
+  const int C = D - FROM < 64 ? (D - FROM) / 16 : 4;
+  f16 acc[R][C] = {};
   for (int64_t j = 0; j < end; j++) {
     const float* w = weights + place<R>(j, 0);
-    for (int c = 0; c < D / 16; c++) {
-      const f16 v = load(x + j * D + c * 16);
-      for (int r = 0; r < R; r++) acc[r][c] += splat(w[r * 32]) * v;
+    f16 v[C];
+    for (int c = 0; c < C; c++) v[c] = load(x + j * D + FROM + c * 16);
+    for (int r = 0; r < R; r++) {
+      const f16 weight = splat(w[r * 32]);
+      for (int c = 0; c < C; c++) acc[r][c] += weight * v[c];
     }
   }
   for (int r = 0; r < R; r++)
-    for (int c = 0; c < D / 16; c++) put(out[r] + c * 16, acc[r][c]);
+    for (int c = 0; c < C; c++) put(out[r] + FROM + c * 16, acc[r][c]);
+  if constexpr (FROM + C * 16 < D) weighted_sums<R, D, FROM + C * 16>(weights, x, end, out);
 }
 
 // x[j] += sum over r of weights[r, j] * rows[r], for all j < end.
