@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
         host, port = listening.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         ready = f"serving {', '.join(served)} at {url}"
+        gc.collect()
+        gc.freeze()  # else Python looks for garbage among all of torch now and then, while every stream waits
         try:
             make_server(served, settings, on_ready=lambda: print(ready, flush=True)).run(sockets=[listening])
         finally:

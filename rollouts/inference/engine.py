@@ -192,13 +192,14 @@ class EmbeddedEngine:
         params = params or SamplingParams()
         await self.compile_grammar(params)
         event = anyio.Event()
+        make_event = type(event)  # anyio looks up at each call of its own which library runs the loop
         request = self._submit(
             prompt_ids, params, current_wake(), lambda: event.set(), streaming=True, request_id=request_id
         )
         try:
             while True:
                 await event.wait()
-                event = anyio.Event()  # before the chunks are taken: whoever adds one later sets the new event
+                event = make_event()  # before the chunks are taken: whoever adds one later sets the new event
                 done = request.done
                 for chunk in take_chunks(request.chunks):
                     yield chunk

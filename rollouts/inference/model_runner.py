@@ -9,6 +9,7 @@ Shapes: T tokens of the step, D of them decoding, B with logits, C hidden width,
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import time
 from dataclasses import dataclass, replace
@@ -176,8 +177,9 @@ class _NativeModel(ctypes.Structure):
     )  # fmt: skip
 
 
-# Seconds for which a machine without a core to spare computes on one thread before it is asked again.
-_SECONDS_ALONE = 0.05
+# A machine without a core to spare computes on one thread before it is asked again: not yet after its first slow step,
+# for a server that writes to its clients takes a core for no longer than that; then longer each time, up to the most.
+_SECONDS_ALONE, _MOST_SECONDS_ALONE = 0.005, 0.05
 
 
 class NativeForward:
@@ -212,7 +214,7 @@ class NativeForward:
         self._bytes = library.step_bytes
         self._bytes.argtypes, self._bytes.restype = (address, count, count, count), count
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._alone_until = 0.0
+        self._alone_until, self._slow_steps = 0.0, 0  # in a row, of those on several threads
         self._shapes = [None if x is None else x.shape for x in structured.parameters()]
         self.refresh()
 
@@ -242,9 +244,17 @@ class NativeForward:
             step.rows.data_ptr(), table.ctypes.data, table.shape[1], outputs, step.outputs.data_ptr(),
             logits.data_ptr(), self._memory.data_ptr(),
         )  # fmt: skip
-        if model.long_waits > 3:
-            self._alone_until = time.monotonic() + _SECONDS_ALONE
+        if model.num_threads > 1:
+            self._note_waits(model.long_waits)
         return logits
+
+    def _note_waits(self, long_waits: int) -> None:
+        """Decide how long to go on alone after a step in which threads have waited so often for each other."""
+        if long_waits <= 3:
+            self._slow_steps = 0
+            return
+        self._alone_until = time.monotonic() + min(self._slow_steps * _SECONDS_ALONE, _MOST_SECONDS_ALONE)
+        self._slow_steps += 1
 
     def _point(self, cache: KVCache) -> None:
         """Write down where parameters and pages lie now: an assignment to a parameter's ``data`` moves it."""
@@ -297,7 +307,12 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 class GenericForward:
-    """Any transformers causal model that takes its attention from transformers' attention interface."""
+    """Any transformers causal model that takes its attention from transformers' attention interface.
+
+    A trainer may compute with the same model in another thread at any moment, with its own attention, its dropout and
+    its adapters switched on or off. So nothing of the model is changed: the modules that run here are copies, in
+    evaluation mode, whose parameters and buffers are the model's own.
+    """
 
     needs_reads, on_host = True, False
 
@@ -310,30 +325,23 @@ class GenericForward:
         AttentionInterface.register(_PAGED_ATTENTION, _interface_attention)
         AttentionMaskInterface.register(_PAGED_ATTENTION, sdpa_mask)
         self._model = model
+        self.refresh()
 
     def refresh(self) -> None:
-        pass
+        shared = {id(own): own for m in self._model.modules() for own in (m._parameters, m._buffers)}
+        self._copy = copy.deepcopy(self._model, shared).eval()
+        self._copy.config._attn_implementation = _PAGED_ATTENTION
 
     def __call__(self, step: Step, cache: KVCache) -> torch.Tensor:
-        # The trainer of a shared model has its own attention: ours is in place only while this call lasts.
-        config = self._model.config
-        own = config._attn_implementation
-        was_training = self._model.training
-        config._attn_implementation = _PAGED_ATTENTION
-        self._model.eval()
-        try:
-            return self._model(
-                input_ids=step.token_ids[None],
-                position_ids=step.positions[None],
-                attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=step.token_ids.device),
-                use_cache=False,
-                logits_to_keep=step.outputs,
-                paged_step=step,
-                paged_cache=cache,
-            ).logits[0]
-        finally:
-            config._attn_implementation = own
-            self._model.train(was_training)
+        return self._copy(
+            input_ids=step.token_ids[None],
+            position_ids=step.positions[None],
+            attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=step.token_ids.device),
+            use_cache=False,
+            logits_to_keep=step.outputs,
+            paged_step=step,
+            paged_cache=cache,
+        ).logits[0]
 
 
 def _interface_attention(

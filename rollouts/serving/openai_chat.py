@@ -19,6 +19,7 @@ from rollouts.serving.message_reader import MessageForm, MessageReader, read_mes
 from rollouts.serving.metrics import Metrics
 from rollouts.serving.openai_schema import ChatRequest
 from rollouts.serving.served_model import ServedModel
+from rollouts.serving.sse import TextEvent
 from rollouts.serving.structured import format_constraint, tool_grammar
 from rollouts.serving.text import TextStream, completion_text, decode
 from rollouts.serving.usage import finish_reason, usage
@@ -147,36 +148,46 @@ class _Choice:
 
 async def events(
     served: ServedModel, metrics: Metrics, request: ChatRequest, prepared: Prepared
-) -> AsyncIterator[dict[str, Any]]:
-    """The response in pieces: for each choice its role, then what it says, then why it ended."""
+) -> AsyncIterator[dict[str, Any] | str]:
+    """The response in pieces, values of events or events: for each choice its role, what it says, why it ended."""
     job = prepared.job
     head = _head(served, "chat.completion.chunk")
     tail: dict[str, Any] = {"usage": None} if request.include_usage else {}
     choices = [_Choice(served, request, prepared) for _ in range(job.params.n)]
     finals: list[Completion] = []
     for i in range(job.params.n):
-        opening = {"index": i, "delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}
+        opening = _piece(i, {"role": "assistant", "content": ""})
         ids = {"prompt_token_ids": job.prompt_ids} if request.return_token_ids and i == 0 else {}
         yield {**head, "choices": [opening], **ids, **tail}
+    only_text = not request.logprobs and not request.return_token_ids
+    said = [
+        TextEvent({**head, "choices": [_piece(i, {"content": TextEvent.HERE})], **tail}) for i in range(job.params.n)
+    ]
     async for chunk in stream(served, metrics, job):
         i, completion = chunk.sample_index, chunk.completion
-        *deltas, last = choices[i].push(chunk) or [{}]
+        deltas = choices[i].push(chunk)
+        if only_text and completion is None:
+            for delta in deltas:
+                plain = delta.keys() == {"content"}
+                yield said[i].of(delta["content"]) if plain else {**head, "choices": [_piece(i, delta)], **tail}
+            continue
+        *deltas, last = deltas or [{}]
         for delta in deltas:
-            choice = {"index": i, "delta": delta, "finish_reason": None, "logprobs": None}
-            yield {**head, "choices": [choice], **tail}
-        choice = {
-            "index": i,
-            "delta": last,
-            "finish_reason": None,
-            "logprobs": chat_log_probs(served.token_names, chunk) if request.logprobs and chunk.token_ids else None,
-        }
+            yield {**head, "choices": [_piece(i, delta)], **tail}
+        choice = _piece(i, last)
+        if request.logprobs and chunk.token_ids:
+            choice["logprobs"] = chat_log_probs(served.token_names, chunk)
         if request.return_token_ids:
             choice["token_ids"] = chunk.token_ids
         if completion is not None:
             finals.append(completion)
             choice["finish_reason"] = _finish_reason(completion, choices[i].called)
             choice["stop_reason"] = completion.stop_match
-        if last or completion is not None or request.logprobs or request.return_token_ids:
-            yield {**head, "choices": [choice], **tail}
+        yield {**head, "choices": [choice], **tail}
     if request.include_usage:
         yield {**head, "choices": [], "usage": usage([job], [finals])}
+
+
+def _piece(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    """A choice in the middle of a stream."""
+    return {"index": index, "delta": delta, "finish_reason": None, "logprobs": None}

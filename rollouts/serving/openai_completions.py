@@ -15,6 +15,7 @@ from rollouts.serving.log_probs import completion_log_probs, prompt_log_probs
 from rollouts.serving.metrics import Metrics
 from rollouts.serving.openai_schema import CompletionRequest
 from rollouts.serving.served_model import ServedModel
+from rollouts.serving.sse import TextEvent
 from rollouts.serving.text import TextStream, completion_text, decode
 from rollouts.serving.usage import finish_reason, usage
 
@@ -130,8 +131,8 @@ def _choice(served: ServedModel, request: CompletionRequest, job: Job, completio
 
 async def events(
     served: ServedModel, metrics: Metrics, request: CompletionRequest, job: Job
-) -> AsyncIterator[dict[str, Any]]:
-    """The response in pieces; an echoed prompt comes with the first of each choice."""
+) -> AsyncIterator[dict[str, Any] | str]:
+    """The response in pieces, as values of events or events; an echoed prompt comes with the first of each choice."""
     head = _head(served)
     tail: dict[str, Any] = {"usage": None} if request.include_usage else {}
     skip_special = request.skip_special_tokens is not False
@@ -140,6 +141,8 @@ async def events(
     positions = [len(echo) for echo in echoes]
     finals: list[Completion] = []
     first = [True] * job.params.n
+    only_text = request.logprobs is None and not request.return_token_ids
+    pieces = [TextEvent({**head, "choices": [_piece(i, TextEvent.HERE)], **tail}) for i in range(job.params.n)]
     async for chunk in stream(served, metrics, job):
         i, completion = chunk.sample_index, chunk.completion
         text = texts[i].push(chunk.token_ids) if completion is None else texts[i].finish(completion)
@@ -150,20 +153,24 @@ async def events(
                 continue
             text = ""
         text, echoes[i] = echoes[i] + text, ""
-        choice: dict[str, Any] = {
-            "index": i,
-            "text": text,
-            "finish_reason": None if completion is None else finish_reason(completion),
-            "stop_reason": None if completion is None else completion.stop_match,
-            "logprobs": None,
-        }
+        if only_text and completion is None:
+            if text:
+                yield pieces[i].of(text)
+            continue
+        choice = _piece(i, text)
+        if completion is not None:
+            choice |= {"finish_reason": finish_reason(completion), "stop_reason": completion.stop_match}
         if request.logprobs is not None and chunk.token_ids:
             choice["logprobs"] = completion_log_probs(served.token_names, chunk, request.logprobs, positions[i])
             positions[i] += sum(map(len, choice["logprobs"]["tokens"]))
         if request.return_token_ids:
             choice |= {"token_ids": chunk.token_ids, "prompt_token_ids": job.prompt_ids if first[i] else None}
             first[i] = False
-        if text or completion is not None or request.logprobs is not None or request.return_token_ids:
-            yield {**head, "choices": [choice], **tail}
+        yield {**head, "choices": [choice], **tail}
     if request.include_usage:
         yield {**head, "choices": [], "usage": usage([job], [finals])}
+
+
+def _piece(index: int, text: str) -> dict[str, Any]:
+    """A choice in the middle of a stream."""
+    return {"index": index, "text": text, "finish_reason": None, "stop_reason": None, "logprobs": None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -28,8 +29,26 @@ def event(value: Any) -> str:
     return f"data: {_to_json(value)}\n\n"
 
 
+class TextEvent:
+    """An event that a stream sends over and over with another text in it: all else is written once.
+
+    Args:
+        value: the event's, with ``TextEvent.HERE`` for the text.
+    """
+
+    HERE = uuid.uuid4().hex  # nothing that a client can have sent
+
+    def __init__(self, value: Any) -> None:
+        self._before, self._after = event(value).split(_to_json(self.HERE))
+
+    def of(self, text: str) -> str:
+        return f"{self._before}{_to_json(text)}{self._after}"
+
+
 def event_stream(events: AsyncIterator[Any]) -> StreamingResponse:
     """Stream each value as a server-sent event, then ``[DONE]``; an error becomes the last event.
+
+    A string is an event already.
 
     Starlette watches the client meanwhile and cancels ``events`` when it goes.
     """
@@ -38,7 +57,7 @@ def event_stream(events: AsyncIterator[Any]) -> StreamingResponse:
         try:
             async with aclosing(events) as values:  # type: ignore[type-var]
                 async for value in values:
-                    yield event(value)
+                    yield value if isinstance(value, str) else event(value)
         except (RequestError, UserError, RuntimeError) as error:
             yield event(error_body(as_request_error(error)))
         yield DONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from rollouts.inference import CompletionChunk, EmbeddedEngine, SamplingParams, engine_thread
+from rollouts.inference.model_runner import NativeForward
 
 pytestmark = pytest.mark.anyio
 
@@ -48,8 +50,8 @@ async def gather(engine: EmbeddedEngine, count: int, params: SamplingParams) -> 
 async def test_chunks_of_a_crowd_hold_all_that_was_sampled(
     make_tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch, num_rows: int
 ) -> None:
-    """An hour between the messages: every token but the first ones comes with the end, of preempted samples too."""
-    monkeypatch.setattr(engine_thread, "STREAM_SECONDS", 3600)
+    """Years between the messages: every token but the first ones comes with the end, of preempted samples too."""
+    monkeypatch.setattr(engine_thread, "STREAM_SECONDS", 1e9)
     monkeypatch.setattr(engine_thread, "FEW_STREAMS", 1)
     model = make_tiny_model(initializer_range=0.2)
     # 16 pages for 12 samples of 5 pages each: some have to wait for others in between.
@@ -68,7 +70,7 @@ async def test_a_pause_and_new_weights_hold_nothing_back(
     engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Clients see all that there is while nothing more comes; and each chunk is of one version."""
-    monkeypatch.setattr(engine_thread, "STREAM_SECONDS", 3600)
+    monkeypatch.setattr(engine_thread, "STREAM_SECONDS", 1e9)
     tokens: dict[int, int] = defaultdict(int)
     versions: dict[int, list[Any]] = defaultdict(list)
 
@@ -100,7 +102,7 @@ async def test_few_streams_are_given_each_token_when_it_is_sampled(
     engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine makes one step at a time, and the token comes before the next."""
-    monkeypatch.setattr(engine_thread, "STREAM_SECONDS", 3600)
+    monkeypatch.setattr(engine_thread, "STREAM_SECONDS", 1e9)
     told = engine._thread._tell_tokens
     sizes = []
 
@@ -113,3 +115,19 @@ async def test_few_streams_are_given_each_token_when_it_is_sampled(
     monkeypatch.setattr(engine._thread, "_tell_tokens", noted)
     await gather(engine, 3, PARAMS)
     assert sum(sizes) == 180 and max(sizes) == 1
+
+
+async def test_a_core_that_is_lent_for_a_moment_is_used_again_at_once(engine: EmbeddedEngine) -> None:
+    """Writing to a crowd slows a step now and then; only steps that are slow in a row end in one thread."""
+    forward = engine._thread._forward
+    if not isinstance(forward, NativeForward):
+        pytest.skip("no compiler: nothing is computed in threads of our own")
+    for _ in range(2):
+        forward._note_waits(9)
+        assert forward._alone_until <= time.monotonic()
+        for slow in range(1, 30):
+            before = time.monotonic()
+            forward._note_waits(9)
+            assert forward._alone_until >= before + min(0.005 * slow, 0.05)
+            assert forward._alone_until <= time.monotonic() + 0.05
+        forward._note_waits(0)
