@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from rollouts.errors import UserError
 
 
@@ -19,7 +21,8 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     was. With ``overwrite`` a folder of that name is replaced; for the moment between two renames neither has the name.
 
     Raises:
-        UserError: ``folder`` is a file, or exists, is not empty, and ``overwrite`` is not set; or it cannot be made.
+        UserError: ``folder`` is a file, or exists, is not empty, and ``overwrite`` is not set; or it cannot be made; or
+            the disk does not take the weights.
     """
     folder = Path(folder).expanduser().absolute()
     check_free(folder, overwrite=overwrite)
@@ -41,8 +44,10 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         else:
             partial.rename(folder)
         _flush(folder.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # the disk's errors have this name when weights are written
+            raise UserError(f"{folder} could not be written: {error}; make room or mend the disk first") from error
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 
 import peft
@@ -98,6 +99,17 @@ def test_a_failure_leaves_nothing(tmp_path):
             raise OSError("disk full")
     assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")} == {"old", "old/file"}
     assert (tmp_path / "old" / "file").read_text() == "old"
+
+
+def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(tiny_model_dir, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # of a file; the weights are larger
+    try:
+        with pytest.raises(UserError, match=r"out could not be written: .*File too large.*; make room"):
+            export_checkpoint(tiny_model_dir, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_with_an_adapter_is_not_written_as_plain_weights(make_tiny_model, tmp_path):
