@@ -195,7 +195,7 @@ def test_dropout_in_attention_is_refused() -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 128, 20])  # 20: not a width the C++ knows
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 96, 128, 20])  # 20: not a width the C++ knows
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 def test_compiled_attention_equals_torch_in_float64(head_dim: int, num_kv_heads: int, shared: bool) -> None:
     """float32 runs in C++ where it can, float64 never does: two implementations of one operator."""
