@@ -221,9 +221,16 @@ def load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel | PeftMode
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # named below
             )
     except Exception as error:  # a damaged file surfaces as any of a dozen types
         raise UserError(f"the model in {folder} cannot be loaded: {_first_line(error)}") from error
+    if info["mismatched_keys"]:
+        name, stored, expected = sorted(info["mismatched_keys"])[0]
+        raise UserError(
+            f"the model in {folder} has weights that do not fit its config.json: {name} has shape {list(stored)} in place of "
+            f"{list(expected)}; take config.json and weights from one model"
+        )
     if info["missing_keys"]:  # transformers would go on with random values
         names = sorted(info["missing_keys"])
         raise UserError(
