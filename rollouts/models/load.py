@@ -228,7 +228,7 @@ def load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel | PeftMode
     if info["mismatched_keys"]:
         name, stored, expected = sorted(info["mismatched_keys"])[0]
         raise UserError(
-            f"the model in {folder} has weights that do not fit its config.json: {name} has shape {list(stored)} in place of "
+            f"the weights in {folder} do not fit its config.json: {name} has shape {list(stored)} in place of "
             f"{list(expected)}; take config.json and weights from one model"
         )
     if info["missing_keys"]:  # transformers would go on with random values
