@@ -20,7 +20,7 @@ from rollouts.training.loops.batches import prepare_sft_batch
 from rollouts.training.sft_losses import LossOutput
 from rollouts.training.types import Sample
 
-STEPS = 120
+STEPS = 80
 
 
 @pytest.fixture(scope="module")
