@@ -263,11 +263,12 @@ def policy_loss(config: RLTrainingConfig, backend: PyTorchTrainingBackend) -> Po
 def needs_old_log_probs(config: RLTrainingConfig, loss: PolicyLossConfig | LossFn) -> bool:
     """Whether the trainer computes log-probs before the first update.
 
-    With one fresh optimizer step they would be those of the loss itself, whose ratio is 1 without them.
+    With one optimizer step they would be those of the loss itself, whose ratio is 1 without them. How old the rollouts
+    are does not matter: their correction compares the same log-probs with the sampler's.
     """
     if config.old_log_probs != "auto":
         return config.old_log_probs == "trainer"
-    several = config.num_epochs * config.mini_batches > 1 or config.max_staleness > 0
+    several = config.num_epochs * config.mini_batches > 1
     by_name = isinstance(loss, PolicyLossConfig) and loss.name in ("clip_cov", "kl_cov")
     own_loss = not isinstance(loss, PolicyLossConfig)
     by_advantage = config.kl_in_reward > 0 or config.advantage == "optimal_token_baseline"
