@@ -12,10 +12,15 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from rollouts.models.critic import make_critic
+from rollouts.models.lora import LoRAConfig, add_lora
 from rollouts.training.algorithms.aggregation import AGGREGATIONS
 from rollouts.training.algorithms.corrections import named_correction
 from rollouts.training.algorithms.policy_losses import POLICY_LOSSES, PolicyLossConfig, make_policy_loss
+from rollouts.training.algorithms.value import make_value_loss
 from rollouts.training.backends import FSDPConfig, OptimizerConfig, create_fsdp_backend, create_pytorch_backend
+from rollouts.training.backends.optimizers import trainable_parameters
+from rollouts.training.backends.reference import BaseModel
 from rollouts.training.distributed_utils import cleanup
 from rollouts.training.loops.rl_batches import collate_rl_step
 from rollouts.training.loops.rl_step import select_tokens
@@ -31,6 +36,7 @@ LOSSES = {
     },
     "gspo": PolicyLossConfig("gspo", eps_low=0.05, eps_high=0.07, kl_coef=0.1, entropy_coef=0.01),
     "ppo_clip": PolicyLossConfig(correction=named_correction("tis"), aggregation="seq-mean-token-mean"),
+    "full kl": PolicyLossConfig(kl="full", kl_coef=0.5),
 }
 
 
@@ -44,7 +50,8 @@ def make_model(tied: bool) -> Qwen3ForCausalLM:
 
 def make_samples() -> tuple[list[Sample], dict[str, list[np.ndarray]]]:
     rng = np.random.default_rng(0)
-    samples, columns = [], {"old_log_probs": [], "ref_log_probs": []}  # type: ignore[var-annotated]
+    names = ("old_log_probs", "ref_log_probs", "values", "returns")
+    samples, columns = [], {name: [] for name in names}  # type: ignore[var-annotated]
     for i in range(5):
         n = int(rng.integers(6, 20))
         mask = [0.0, 0.0, *[1.0] * (n - 2)]
@@ -55,25 +62,35 @@ def make_samples() -> tuple[list[Sample], dict[str, list[np.ndarray]]]:
                 rollout_log_probs=near_uniform.tolist(), reward=0.0, id=str(i),
             )
         )  # fmt: skip
-        for column in columns.values():
-            column.append(-4.8 + 0.1 * rng.normal(size=n - 2))
+        for name, column in columns.items():
+            column.append(rng.normal(size=n - 2) * 0.1 - 4.8 * name.endswith("log_probs"))
     return samples, columns
 
 
 def update(ranks: int, name: str, tied: bool) -> dict[str, Any]:
     """Metrics of one optimizer step, and a digest of the weights after it."""
+    is_critic, has_base = name == "critic", name == "full kl"
     options: dict[str, Any] = {
         "precision": "float32", "device": "cpu", "optimizer": OptimizerConfig("adamw", lr=3e-3),
-        "loss_fn": make_policy_loss(LOSSES[name]),
+        "loss_fn": make_value_loss() if is_critic else make_policy_loss(LOSSES[name]),
     }  # fmt: skip
+    model: Any = make_critic(make_model(tied)) if is_critic else make_model(tied)
+    if has_base:
+        model = add_lora(model, LoRAConfig(r=4, dropout=0.0))
+        for _, parameter in trainable_parameters(model):
+            torch.nn.init.normal_(parameter, std=0.2)  # a fresh adapter would be no different from its base
     if ranks > 1:
         config = FSDPConfig("FULL_SHARD", mixed_precision=False)
-        backend: Any = create_fsdp_backend(make_model(tied), config=config, **options)
+        backend: Any = create_fsdp_backend(model, config=config, **options)
     else:
-        backend = create_pytorch_backend(make_model(tied), **options)
+        backend = create_pytorch_backend(model, **options)
     samples, columns = make_samples()
-    columns |= select_tokens(LOSSES[name], samples, range(5), columns, seed=0)
+    if not is_critic:
+        columns |= select_tokens(LOSSES[name], samples, range(5), columns, seed=0)
     batches, _ = collate_rl_step(samples, range(5), 24, columns, backend.rank, backend.world_size)
+    if has_base:
+        states = BaseModel(backend).compute_states(batches).wait()
+        batches = [{**batch, "ref_logits": found} for batch, found in zip(batches, states, strict=True)]
     metrics = backend.forward_backward(batches).wait()
     backend.optim_step().wait()
     weights = {
@@ -84,7 +101,9 @@ def update(ranks: int, name: str, tied: bool) -> dict[str, Any]:
 
 def main(folder: Path, ranks: int) -> None:
     both = ("gspo", "ppo_clip")  # the head and the embedding apart, too
-    found = {f"{name} {tied}": update(ranks, name, tied) for name in LOSSES for tied in {True, name not in both}}
+    found = {
+        f"{name} {tied}": update(ranks, name, tied) for name in [*LOSSES, "critic"] for tied in {True, name not in both}
+    }
     if ranks == 1 or torch.distributed.get_rank() == 0:
         (folder / f"{ranks}.json").write_text(json.dumps(found))
     if ranks > 1:

@@ -41,8 +41,8 @@ CONFIGS = {
     "sapo": PolicyLossConfig("sapo", tau_positive=1.0, tau_negative=1.5),
     "clip_cov": PolicyLossConfig("clip_cov", covariance_fraction=0.1, covariance_low=0.05, covariance_high=5.0),
     "kl_cov": PolicyLossConfig("kl_cov", covariance_fraction=0.2, covariance_coef=0.7),
-    "dppo_tv": PolicyLossConfig("dppo_tv", eps_low=0.05, eps_high=0.1, ratio_cap=1.5),
-    "dppo_kl": PolicyLossConfig("dppo_kl", eps_low=0.01, eps_high=0.02, ratio_cap=1.5),
+    "dppo_tv": PolicyLossConfig("dppo_tv", eps_low=0.02, eps_high=0.35, ratio_cap=1.5),
+    "dppo_kl": PolicyLossConfig("dppo_kl", eps_low=0.01, eps_high=0.08, ratio_cap=1.5),
     "dro": PolicyLossConfig("dro", drift_coef=0.3),
 }
 KINDS = ["k1", "abs", "k2", "k3", "k1+", "abs+", "k2+", "k3+"]
@@ -140,6 +140,20 @@ def test_every_branch_was_taken_by_some_token(case: str) -> None:
     assert fractions and all(0 < x < 1 for x in fractions.values()), fractions
 
 
+@pytest.mark.parametrize("case", [c for c, config in CONFIGS.items() if config.bounds[0] != config.bounds[1]])
+def test_each_bound_is_felt_by_some_token(case: str) -> None:
+    """Otherwise the comparisons would not notice one bound in the place of the other."""
+    batch = reference.ragged_batch(seed=11)
+    log_probs, old, advantages = flat(batch, "log_probs", "old", "advantages")
+    tokens = PolicyTokens(log_probs, old, advantages, sequences_of(batch), selection(batch, CONFIGS[case])[0])
+
+    def total(low: float, high: float) -> float:
+        return policy_loss_terms(replace(CONFIGS[case], eps_low=low, eps_high=high), tokens).total.item()
+
+    low, high = CONFIGS[case].bounds
+    assert len({total(low, high), total(high, high), total(low, low)}) == 3
+
+
 def test_metrics_are_numpys() -> None:
     batch = reference.ragged_batch(seed=12)
     log_probs, old, advantages, entropy, ref = flat(batch, "log_probs", "old", "advantages", "entropy", "ref")
@@ -196,6 +210,22 @@ def test_estimators_agree_with_the_exact_kl_in_expectation() -> None:
     for kind in ("k2", "k1+", "k3+", "abs+"):
         (got,) = torch.autograd.grad((p * kl_penalty(log_p, log_q, kind)).sum(), logits, retain_graph=True)
         torch.testing.assert_close(got, want)
+
+
+def test_the_full_kl_is_taken_as_given_or_moves_along_k2() -> None:
+    batch = reference.ragged_batch(seed=19)
+    log_probs, ref, full = flat(batch, "log_probs", "ref", "entropy")  # any numbers do for the sum
+    log_probs.requires_grad_(True)
+    full.requires_grad_(True)
+    assert kl_penalty(log_probs, None, "full", full) is full
+    value = kl_penalty(log_probs, ref, "full+", full)
+    torch.testing.assert_close(value, full)
+    value.sum().backward()
+    torch.testing.assert_close(log_probs.grad, (log_probs - ref).detach())
+    assert full.grad is None
+    for kind, given in (("full", (ref, None)), ("full+", (None, full)), ("k3", (None, None))):
+        with pytest.raises(UserError, match=f"KL kind {kind.removesuffix('+')}"):
+            kl_penalty(log_probs, given[0], kind, given[1])
 
 
 def test_exponents_are_bounded() -> None:

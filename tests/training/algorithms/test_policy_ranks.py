@@ -1,4 +1,4 @@
-"""A policy update on two FSDP ranks is the update on one device: metrics, gradient norm and weights."""
+"""An update of policy or critic on two FSDP ranks is that on one device: metrics, gradient norm and weights."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def test_two_ranks_make_the_step_of_one(tmp_path: Path) -> None:
     for case in one:
         if case.startswith(("gspo", "ppo_clip")):
             assert one[case]["metrics"]["clip_fraction_low"] > 0, "nothing was clipped"
+        if case.startswith("full kl"):
+            assert one[case]["metrics"]["kl_ref"] > 1e-3, "policy and reference are the same"
         assert two[case]["metrics"] == pytest.approx(one[case]["metrics"], rel=1e-4, abs=1e-6), case
         for name, sums in one[case]["weights"].items():
             assert two[case]["weights"][name] == pytest.approx(sums, rel=1e-4, abs=1e-4), (case, name)
