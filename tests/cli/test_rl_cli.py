@@ -136,15 +136,16 @@ def test_stored_rollouts_alone_are_learned_from(recipe: Path, capsys: pytest.Cap
 def test_two_ranks_sample_and_learn_as_one(recipe: Path) -> None:
     """Sharded over two ranks: the first samples with a copy of the weights, both learn; the run is the same."""
     one, two = recipe.parent / "one", recipe.parent / "two"
-    assert main(["rl", str(recipe), "--run_dir", str(one), "--train.mini_batches", "2"]) == 0
+    overrides = ["--train.mini_batches", "2", "--loss.kl", "full"]
+    assert main(["rl", str(recipe), "--run_dir", str(one), *overrides]) == 0
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, "-m", "rollouts", "rl", recipe, "--run_dir", two, "--train.mini_batches", "2"]
+    command = [*launch, "-m", "rollouts", "rl", recipe, "--run_dir", two, *overrides]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [s["tokens"] for s in rollouts_of(one)[:16]] == [s["tokens"] for s in rollouts_of(two)[:16]]
     for a, b in zip(metrics_of(one)[:1], metrics_of(two)[:1], strict=True):
-        for name in ("reward_mean", "loss", "grad_norm", "entropy", "mismatch_kl"):
+        for name in ("reward_mean", "loss", "grad_norm", "entropy", "mismatch_kl", "kl_ref"):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
     assert max(row["mismatch_kl"] for row in metrics_of(two)) < 1e-5  # the copy that samples is the one that learns
     AutoModelForCausalLM.from_pretrained(two / "final")
