@@ -113,7 +113,7 @@ def rollouts(verb: str, recipe: dict[str, Any], threads: int) -> Cost:
     return Cost(time.monotonic() - begin, cpu)
 
 
-def train_sft(folder: Path, threads: int, careless: float = CARELESS) -> Cost:
+def train_sft(folder: Path, threads: int, careless: float = CARELESS, num_heads: int = 4) -> Cost:
     """The model that every arm starts from: ``folder/sft/final``."""
     from rollouts.models.tokenizer import MIN_VOCAB_SIZE, save_tokenizer, train_tokenizer
 
@@ -126,7 +126,13 @@ def train_sft(folder: Path, threads: int, careless: float = CARELESS) -> Cost:
         "kind": "sft",
         "run_dir": str(folder / "sft"),
         "model": {
-            "init": {"hidden_size": 96, "num_layers": 2, "num_heads": 4, "head_dim": 24, "intermediate_size": 256},
+            "init": {
+                "hidden_size": 96,
+                "num_layers": 2,
+                "num_heads": num_heads,
+                "head_dim": 96 // num_heads,
+                "intermediate_size": 256,
+            },
             "tokenizer": str(folder / "tokenizer"),
             "precision": "float32",
         },

@@ -53,6 +53,7 @@ from rollouts.pipeline.evaluation import wilson_interval
 from rollouts.pipeline.world import Split
 
 STALENESS = (0, 2)
+HEADS = 3  # of 32 channels, whose attention is compiled: in its place Python would take turns with the engine's
 JUDGE_SECONDS = 0.1
 JUDGE = f"""
 import anyio
@@ -228,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.quick:
         model, steps, seeds = untrained(folder / "untrained"), 2, [0]
     elif not model.exists():
-        train_sft(folder, threads=2)
+        train_sft(folder, threads=2, num_heads=HEADS)
     start, results = folder / "start.json", folder / "runs.jsonl"
     if not start.exists():
         start.write_text(json.dumps({"correct": count_correct(model)}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -88,11 +88,12 @@ class Sample:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; ``from_dict`` gives back an equal sample."""
-        d = asdict(self)
+        # Without the lists, of which `asdict` would look at every number.
+        d = asdict(replace(self, tokens=(), loss_mask=(), rollout_log_probs=None, advantages=None))
         d["status"] = self.status.value
         for name in ("tokens", "loss_mask", "rollout_log_probs", "advantages"):
-            if d[name] is not None:
-                d[name] = [x.item() if hasattr(x, "item") else x for x in d[name]]
+            values = getattr(self, name)
+            d[name] = None if values is None else [x.item() if hasattr(x, "item") else x for x in values]
         return d
 
     @classmethod
