@@ -5,9 +5,10 @@
     python -m benchmarks.serving_latency --rates 5 20 --seconds 30    # arrivals at random, so many a second
 
 Every request has 64 prompt tokens and samples 64 at temperature 1. In the closed loop so many clients each ask again as
-soon as they are answered; "engine" is `generate_batch` with as many prompts at once. Rounds alternate between the arms,
-and the best of each counts. In the open loop requests come by a Poisson process whether or not others are answered:
-time to the first token (TTFT), time per token after it (TPOT) and time to the end, at the client.
+soon as they are answered; "engine" is `generate_batch` with as many prompts at once. Rounds alternate between the arms:
+medians of the rates, and of their shares of the engine's rate in the same round. In the open loop requests come by a
+Poisson process whether or not others are answered: time to the first token (TTFT), time per token after it (TPOT) and
+time to the end, at the client.
 
 Engine, server and clients share the machine's cores; the engine has --threads of them.
 """
@@ -174,6 +175,11 @@ def percentiles(values: list[float]) -> str:
     return f"{1e3 * statistics.median(values):,.1f} / {1e3 * cuts[98]:,.1f}"
 
 
+def share(rates: list[float], of: list[float]) -> str:
+    ratio = statistics.median(rate / other for rate, other in zip(rates, of, strict=True))
+    return "" if rates is of else f" ({ratio:.0%})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="B", choices=sorted(SHAPES))
@@ -181,7 +187,7 @@ def main() -> None:
     parser.add_argument("--concurrency", nargs="*", type=int, default=[1, 16, 64])
     parser.add_argument("--rates", nargs="*", type=float, default=[5.0, 20.0], help="requests a second")
     parser.add_argument("--seconds", type=float, default=20, help="of arrivals at each rate")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the engine")
     parser.add_argument("--engine-process", metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -223,15 +229,13 @@ def measure(folder: str, arguments: argparse.Namespace) -> None:
         print("\n| concurrency | " + " | ".join(f"{arm}, tokens/s" for arm in arms) + " |")
         print("|" + "---|" * (len(arms) + 1))
         for concurrency in arguments.concurrency:
-            best: dict[str, float] = {}
+            rates: dict[str, list[float]] = {name: [] for name in arms}
             for round_ in range(arguments.rounds + 1):
                 for i, (name, arm) in enumerate(arms.items()):
                     seconds = arm(concurrency, 1000 * concurrency + 10 * round_ + i)
                     if round_:  # the first one warms up
-                        best[name] = min(seconds, best.get(name, seconds))
-            rates = [concurrency * NEW_TOKENS / best[name] for name in arms]
-            shares = ["", *(f" ({rate / rates[0]:.0%})" for rate in rates[1:])]
-            row = " | ".join(f"{rate:,.0f}{share}" for rate, share in zip(rates, shares, strict=True))
+                        rates[name].append(concurrency * NEW_TOKENS / seconds)
+            row = " | ".join(f"{statistics.median(each):,.0f}{share(each, rates['engine'])}" for each in rates.values())
             print(f"| {concurrency} | {row} |", flush=True)
         if arguments.rates:
             print("\n| requests/s | tokens/s | TTFT ms, p50 / p99 | TPOT ms, p50 / p99 | end ms, p50 / p99 |")

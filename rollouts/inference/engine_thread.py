@@ -34,9 +34,9 @@ from rollouts.inference.wake import Wake
 from rollouts.inference.weights import copy_weights
 from rollouts.types import TrainFuture
 
-# Of more streams than these each gets its tokens no more often than every so many seconds, several at once: a message
-# costs far more than what is in it.
-FEW_STREAMS, STREAM_SECONDS = 8, 0.02
+# More streams than these get their tokens no more often than every so many seconds, several at once and all at the same
+# time: a message costs far more than what is in it, and waking the thread that sends it takes a core from this one.
+FEW_STREAMS, STREAM_SECONDS = 8, 0.04
 
 
 @dataclass(frozen=True)
@@ -261,6 +261,7 @@ class EngineThread:
         sampled_ids, log_probs, raw_log_probs = _to_host(sampled.token_ids, sampled.log_probs, sampled.raw_log_probs)
         rows, state = plan.sampling[keep], self._rows
         token_ids, log_probs, raw_log_probs = sampled_ids[keep], log_probs[keep], raw_log_probs[keep]
+        broken = np.isnan(raw_log_probs)
         stopped, full = self.scheduler.append(rows, token_ids, log_probs, raw_log_probs)
         if self._token_masks is not None:
             bound = np.nonzero(state.constrained[plan.sampling])[0]
@@ -268,11 +269,15 @@ class EngineThread:
             goes_on[keep] = ~stopped
             self._token_masks.consume(np.nonzero(goes_on[bound])[0], sampled_ids[bound[goes_on[bound]]])
         top = [_to_host(x)[0][keep] for x in sampled.top] if sampled.top is not None else None
-        for i in np.nonzero(stopped | full | state.watched[rows])[0]:
+        for i in np.nonzero(stopped | full | broken | state.watched[rows])[0]:
             row, token_id = int(rows[i]), int(token_ids[i])
             live = state.sequences[row]
             if live is None:
                 continue  # its request has failed with another of its samples
+            if broken[i]:
+                version = self.scheduler.weight_version
+                self._fail(live.request, UserError(f"weights {version} of the model are broken: its log-probs are NaN"))
+                continue
             if top is not None and (count := live.request.params.top_log_probs):
                 live.top_log_probs.append(
                     list(zip(top[1][i, :count].tolist(), top[0][i, :count].tolist(), strict=True))
@@ -292,15 +297,15 @@ class EngineThread:
     # -- streams ------------------------------------------------------------------------------------------------------
 
     def _tell_streams(self) -> None:
-        """Give those streams their tokens whose time has come."""
+        """Give those streams their tokens whose time has come: the first at once, those of a crowd at every tick."""
         tell_at, now = self._rows.tell_at, time.monotonic()
         streams = np.nonzero(tell_at < np.inf)[0]
-        pause = STREAM_SECONDS if len(streams) > FEW_STREAMS else 0
+        next_tick = (now // STREAM_SECONDS + 1) * STREAM_SECONDS if len(streams) > FEW_STREAMS else now
         for row in streams[tell_at[streams] <= now]:
             live = self._rows.sequences[row]
             assert live is not None
             if self._tell_tokens(live):
-                tell_at[row] = now + pause
+                tell_at[row] = next_tick
 
     def _tell_all_streams(self) -> None:
         for live in self._samples():

@@ -121,7 +121,8 @@ def inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     total = cdf[:, -1:]
     # u * total may round up to the total itself, where no column exceeds it.
     threshold = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, threshold, right=True)[:, 0]
+    columns = torch.searchsorted(cdf, threshold, right=True)[:, 0]
+    return columns.clamp(max=weights.shape[1] - 1)  # a row of NaN has none
 
 
 def sample_truncated(

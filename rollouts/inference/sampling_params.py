@@ -10,6 +10,7 @@ from typing import Any
 from rollouts.errors import UserError
 
 _CONSTRAINTS = ("json_schema", "regex", "grammar")
+_COLDEST, _LARGEST = 1e-3, 1e9  # logits changed by no more than this stay what they are meant to be in float32
 
 
 @dataclass(frozen=True)
@@ -79,24 +80,27 @@ class SamplingParams:
         if isinstance(self.seed, list):
             object.__setattr__(self, "seed", tuple(self.seed))
         seeds = self.seed if isinstance(self.seed, tuple) else () if self.seed is None else (self.seed,)
-        in_range = {
-            "max_tokens": self.max_tokens >= 1,
-            "temperature": 0 <= self.temperature < math.inf,
-            "top_k": self.top_k >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "min_p": 0 <= self.min_p <= 1,
-            "repetition_penalty": 0 < self.repetition_penalty < math.inf,
-            "presence_penalty": math.isfinite(self.presence_penalty),
-            "frequency_penalty": math.isfinite(self.frequency_penalty),
-            "logit_bias": all(math.isfinite(b) for b in self.logit_bias.values()),
-            "seed": all(0 <= seed < 2**64 for seed in seeds),
-            "stop": all(self.stop),
-            "n": self.n >= 1,
-            "top_log_probs": self.top_log_probs >= 0,
+        rules = {
+            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "temperature": (
+                self.temperature == 0 or _COLDEST <= self.temperature < math.inf,
+                f"0 or at least {_COLDEST}",
+            ),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and up to 1"),
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition_penalty": (1e-6 <= self.repetition_penalty <= 1e6, "between 1e-6 and 1e6"),
+            "presence_penalty": (abs(self.presence_penalty) <= _LARGEST, f"up to {_LARGEST:g} either way"),
+            "frequency_penalty": (abs(self.frequency_penalty) <= _LARGEST, f"up to {_LARGEST:g} either way"),
+            "logit_bias": (all(abs(b) <= _LARGEST for b in self.logit_bias.values()), f"up to {_LARGEST:g} either way"),
+            "seed": (all(0 <= seed < 2**64 for seed in seeds), "between 0 and 2**64 - 1"),
+            "stop": (all(self.stop), "strings that are not empty"),
+            "n": (self.n >= 1, "at least 1"),
+            "top_log_probs": (self.top_log_probs >= 0, "0 or more"),
         }
-        for name, good in in_range.items():
+        for name, (good, rule) in rules.items():
             if not good:
-                raise UserError(f"sampling parameter {name} is out of range: {getattr(self, name)!r}")
+                raise UserError(f"sampling parameter {name} is out of range: {getattr(self, name)!r}; give {rule}")
         if isinstance(self.seed, tuple) and len(self.seed) != self.n:
             raise UserError(f"sampling parameter seed names {len(self.seed)} seeds for n = {self.n} samples")
         if sum(getattr(self, name) is not None for name in _CONSTRAINTS) > 1:

@@ -51,6 +51,8 @@ async def read_request(request: Request, model: type[M], settings: Settings) -> 
 
 def validate(model: type[M], value: object) -> M:
     """``value`` as a ``model``. Raises RequestError about the first field at fault."""
+    if not isinstance(value, dict):
+        raise RequestError("the body is no JSON object; send one with the request's fields")
     try:
         return model.model_validate(value)
     except ValidationError as error:

@@ -175,7 +175,7 @@ class ServedModel:
         except UserError as error:
             field = next((name for name in arguments if f"parameter {name} " in str(error)), None)
             name = names.get(field or "", field)
-            reason = str(error).partition("cannot be used: ")[2] or "out of range"
+            reason = str(error).partition("cannot be used: ")[2] or str(error).rpartition("; ")[2]
             raise RequestError(f"{name}: {reason}" if name else str(error), name) from error
         limits, engine = self.settings, self.engine
         room = engine.max_length - num_prompt

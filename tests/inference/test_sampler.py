@@ -193,7 +193,8 @@ def test_uniforms_are_uniform_and_unrelated_between_seeds_and_positions() -> Non
     ("name", "value"),
     [("temperature", -1), ("temperature", math.nan), ("top_p", 0), ("top_p", 1.5), ("min_p", 2), ("n", 0),
      ("top_k", -1), ("max_tokens", 0), ("repetition_penalty", 0), ("seed", -1), ("seed", 2**64), ("stop", ("",)),
-     ("presence_penalty", math.inf), ("logit_bias", {1: math.nan})],
+     ("presence_penalty", math.inf), ("logit_bias", {1: math.nan}), ("logit_bias", {1: 1e300}),
+     ("temperature", 1e-300)],
 )  # fmt: skip
 def test_bad_parameters_are_named(name: str, value: object) -> None:
     with pytest.raises(UserError, match=name):

@@ -122,6 +122,26 @@ def test_schemas_of_people_who_mean_harm(server: Any, schema: Any) -> None:
 def test_no_body_and_no_object(server: Any) -> None:
     response = server.http.post("/v1/completions")
     assert response.status_code == 400 and response.json()["error"]["param"] == "model"
+    response = server.http.post("/v1/completions", json=[])
+    assert response.status_code == 400 and "JSON object" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("logit_bias", {"5": 1e300}),
+        ("temperature", 1e-300),
+        ("repetition_penalty", 1e-300),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+    ],
+)
+def test_numbers_that_would_break_the_engine(server: Any, field: str, value: Any) -> None:
+    """They overflow float32, or match everywhere: the message says what to give instead, and the engine lives."""
+    response = server.post("/v1/completions", model="tiny", prompt="a", max_tokens=2, **{field: value})
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"] == field and error["message"].startswith(f"{field}: give ")
+    assert server.post("/v1/completions", model="tiny", prompt="a", max_tokens=2).status_code == 200
 
 
 @given(
