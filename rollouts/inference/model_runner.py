@@ -238,7 +238,8 @@ class NativeForward:
         size = self._bytes(ctypes.addressof(model), tokens, outputs, table.shape[1])
         if len(self._memory) < size:
             self._memory = torch.empty(size, dtype=torch.uint8)
-        logits = torch.empty(outputs, model.vocab_size)
+        # Said wherever C++ writes: torch's default is another while transformers loads a model in any thread.
+        logits = torch.empty(outputs, model.vocab_size, dtype=torch.float32)
         self._step(
             ctypes.addressof(model), tokens, step.token_ids.data_ptr(), step.positions.data_ptr(),
             step.rows.data_ptr(), table.ctypes.data, table.shape[1], outputs, step.outputs.data_ptr(),

@@ -51,8 +51,8 @@ def sample_rows(
     threads = min(torch.get_num_threads(), rows)
     inverse = None if temperature is None else temperature.reciprocal()
     ids = torch.empty(rows, dtype=torch.int64)
-    log_probs, raw_log_probs = torch.empty(rows), torch.empty(rows)
-    scratch = torch.empty(threads, vocab_size)
+    log_probs, raw_log_probs = torch.empty(2, rows, dtype=torch.float32)
+    scratch = torch.empty(threads, vocab_size, dtype=torch.float32)
 
     def address(x: torch.Tensor | None) -> ctypes.c_void_p:
         return ctypes.c_void_p(None if x is None else x.data_ptr())

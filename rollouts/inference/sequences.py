@@ -242,4 +242,5 @@ class Rows:
         if not entries:
             return None
         where, ids, values = zip(*entries, strict=True)
-        return torch.tensor(where, device=device), torch.tensor(ids, device=device), torch.tensor(values, device=device)
+        biases = torch.tensor(values, dtype=torch.float32, device=device)
+        return torch.tensor(where, device=device), torch.tensor(ids, device=device), biases

@@ -91,7 +91,7 @@ def _softmax_rows_compiled(
     (n, vocab), threads = logits.shape, torch.get_num_threads()
     if n and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
         raise IndexError(f"targets must be words of the vocabulary, 0 to {vocab - 1}")
-    scratch = torch.empty(threads * (vocab + 16))
+    scratch = torch.empty(threads * (vocab + 16), dtype=torch.float32)  # whatever the default is meanwhile
     targets = targets.contiguous()
 
     def address(x: torch.Tensor | None) -> Any:
