@@ -133,6 +133,7 @@ class RewardRunner:
         self._pool = ProcessPool(in_processes) if in_processes else None
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._limits = (max_concurrent or _AT_ONCE, max_concurrent or cores)
+        self._faults: Counter[str] = Counter()
         self._slots: anyio.CapacityLimiter | None = None
         self._process_slots: anyio.CapacityLimiter | None = None
 
@@ -184,7 +185,7 @@ class RewardRunner:
                     tasks.start_soon(score_one, i)
         for i, outcome in outcomes.items():
             if isinstance(outcome, _Fault):
-                _leave_out(samples[i], outcome)
+                self._leave_out(samples[i], outcome)
                 report.faults[outcome.kind.value] += 1
             else:
                 _assign(samples[i], self.rewards, outcome)
@@ -205,6 +206,17 @@ class RewardRunner:
             raise self._fault(number, RewardFault.NOT_A_NUMBER, f"gave {e}") from None
         except TimeoutError:
             raise self._fault(number, RewardFault.TIMEOUT, f"took more than {self.timeout:g} s") from None
+
+    def _leave_out(self, sample: Sample, fault: _Fault) -> None:
+        sample.status = SampleStatus.FAILED
+        sample.loss_mask = [0] * len(sample.tokens)
+        sample.reward, sample.rewards = None, {}
+        sample.metadata["reward_error"] = f"{fault.kind}: {fault}"
+        self._faults[fault.kind.value] += 1
+        count = self._faults[fault.kind.value]
+        if count & (count - 1) == 0:  # the first, second, fourth, eighth, ... of a kind
+            so_far = f" ({count} times so far)" if count > 1 else ""
+            log.warning("sample %s has no reward and is left out: %s%s", sample.id, fault, so_far)
 
     def _fault(self, number: int, kind: RewardFault, text: str) -> _Fault:
         return _Fault(kind, f"{self.rewards[number].name}: {text}")
@@ -290,14 +302,6 @@ def isolation_of(function: Callable[..., Any]) -> str:
 
 def _kind(error: BaseException) -> RewardFault:
     return RewardFault.EXITED if isinstance(error, SystemExit) else RewardFault.RAISED
-
-
-def _leave_out(sample: Sample, fault: _Fault) -> None:
-    sample.status = SampleStatus.FAILED
-    sample.loss_mask = [0] * len(sample.tokens)
-    sample.reward, sample.rewards = None, {}
-    sample.metadata["reward_error"] = f"{fault.kind}: {fault}"
-    log.warning("sample %s has no reward and is left out: %s", sample.id, sample.metadata["reward_error"])
 
 
 def _assign(sample: Sample, rewards: Sequence[NamedReward], values: Sequence[Reward]) -> None:

@@ -44,6 +44,8 @@ from rollouts.training.types import RolloutBatch, Sample, SampleStatus
 
 logger = logging.getLogger(__name__)
 
+MOST_UNJUDGED = 64  # samples in a row; a reward that fails on every other one never fails on so many
+
 
 class RolloutError(UserError):
     """Rollouts cannot go on: the engine is gone, every prompt is refused, or a filter keeps nothing."""
@@ -110,6 +112,7 @@ class AsyncRolloutManager:
         self._stopping = False
         self._error: Exception | None = None
         self._failed_in_a_row = 0
+        self._unjudged_in_a_row = 0
         self._reward_report = RewardReport()
         self._before = (Counter(self.ledger.dropped), Counter(self.ledger.requeued))
 
@@ -467,10 +470,23 @@ class AsyncRolloutManager:
             self._reward_report += report
         group.samples = samples  # not before: a group put back while it is scored is transformed and scored again
 
+    def _drop_unjudged(self, group: Group) -> None:
+        """Raises RolloutError when it is no accident any more that no sample gets a reward."""
+        self.ledger.drop(group, "no_reward")
+        self._unjudged_in_a_row += len(group.samples)
+        if self._unjudged_in_a_row >= MOST_UNJUDGED:
+            why = group.samples[-1].metadata.get("reward_error", "it has no whole response")
+            raise RolloutError(
+                f"{self._unjudged_in_a_row} samples in a row got no reward, the last (of prompt {group.prompt.id}) "
+                f"because: {why}; mend the reward and start the run again to resume it"
+            )
+
     def _decide(self, group: Group) -> None:
         config = self.config
+        if any(s.reward is not None for s in group.samples):
+            self._unjudged_in_a_row = 0
         if self._rewards is not None and all(s.reward is None for s in group.samples):
-            self.ledger.drop(group, "no_reward")
+            self._drop_unjudged(group)
         elif config.filter_fn is not None and not (verdict := judge(config.filter_fn, group.samples)):
             self.ledger.drop(group, verdict.reason)
         else:

@@ -161,6 +161,31 @@ async def test_what_is_refused_is_dropped_counted_and_never_tried_again() -> Non
         await AsyncRolloutManager(numbered(8), config(refuse, max_failed_groups=5)).generate_batch()
 
 
+@pytest.mark.anyio
+async def test_a_reward_that_always_fails_ends_the_run_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    judged = Counter[bool]()
+
+    async def fails(sample: Sample) -> float:
+        judged[healthy] += 1
+        if healthy and judged[healthy] % 2:
+            return 1.0
+        raise KeyError("no such answer")
+
+    async def answer(samples: list[Sample]) -> list[Sample]:
+        return samples
+
+    healthy = True  # half of the samples: nothing that ends a run
+    async with AsyncRolloutManager(numbered(40), config(answer, reward_fn=fails)) as manager:
+        await manager.generate_batches(12)
+    assert judged[True] > 100
+    healthy = False
+    caplog.clear()
+    with pytest.raises(RolloutError, match=r"6\d samples in a row got no reward.*fails: KeyError: 'no such answer'"):
+        await AsyncRolloutManager(numbered(40), config(answer, reward_fn=fails)).generate_batch()
+    lines = [line for line in caplog.messages if "has no reward" in line]
+    assert len(lines) <= 7 and "(32 times so far)" in lines[5]  # not one a sample
+
+
 def test_which_errors_are_permanent() -> None:
     def http_error(status: int) -> httpx.HTTPStatusError:
         request = httpx.Request("POST", "http://engine")
