@@ -32,7 +32,7 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
-from rollouts.errors import UserError
+from rollouts.errors import RunError, UserError
 from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.filters import judge
 from rollouts.training.rewards.runner import RewardReport, RewardRunner
@@ -155,6 +155,7 @@ class AsyncRolloutManager:
 
         Raises:
             RolloutError: generation cannot go on. The manager's state stays whole, and a later call tries again.
+            RunError: ``generate_fn`` raised it, which no retry mends: no engine is left.
             RolloutAborted: ``request_abort`` was called.
         """
         if self._resources is None:
@@ -401,7 +402,7 @@ class AsyncRolloutManager:
                     finished = all(s.status in FINISHED for s in group.samples)
                     if not finished and not self._stopping and sum(len(s.tokens) for s in group.samples) == num_tokens:
                         raise RuntimeError("its samples were aborted without a new token")
-                except BadGeneration:
+                except (BadGeneration, RunError):  # the latter: no engine is left, say
                     raise
                 except Exception as error:
                     if is_permanent(error):

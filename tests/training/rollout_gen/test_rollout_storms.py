@@ -23,6 +23,7 @@ from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.rollout_gen import AsyncRolloutManager, EngineGenerate, RolloutConfig, RolloutError
 from rollouts.training.rollout_gen.concurrency import backoff, is_permanent
 from rollouts.training.types import Sample, SampleStatus
+from rollouts.training.weight_sync import WeightSyncError
 
 
 @pytest.fixture(params=["asyncio", "trio"])
@@ -159,6 +160,20 @@ async def test_what_is_refused_is_dropped_counted_and_never_tried_again() -> Non
 
     with pytest.raises(RolloutError, match=r"5 rollout groups in a row were refused.*HTTP 401"):
         await AsyncRolloutManager(numbered(8), config(refuse, max_failed_groups=5)).generate_batch()
+
+
+@pytest.mark.anyio
+async def test_when_no_engine_is_left_nothing_is_tried_again() -> None:
+    calls = Counter[str]()
+
+    async def none_left(samples: list[Sample]) -> list[Sample]:
+        calls[samples[0].prompt] += 1
+        raise WeightSyncError("no engine is left")
+
+    manager = AsyncRolloutManager(numbered(8), config(none_left))
+    with pytest.raises(WeightSyncError, match="no engine is left"):
+        await manager.generate_batch()
+    assert set(calls.values()) == {1} and len(manager.ledger.open) == 4  # no prompt is lost
 
 
 @pytest.mark.anyio
