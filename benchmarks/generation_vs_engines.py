@@ -3,25 +3,32 @@
     make test-engines                                        # once: it installs the engines under .engines/
     python -m benchmarks.generation_vs_engines               # model B, bfloat16, one server after another
     python -m benchmarks.generation_vs_engines --engines rollouts vllm --concurrency 16
+    python -m benchmarks.generation_vs_engines --in-process  # no servers: the engine, vLLM and `generate` themselves
 
 Every request has 64 prompt tokens and samples 64 at temperature 1 with log-probs. In the closed loop so many clients
 ask again as soon as they are answered: once unstreamed, for tokens per second, and once streamed, for the time to the
 first token (TTFT) and the time per token after it (TPOT). Servers and clients share the machine's cores. vLLM is
 compiled unless --eager is given; SGLang runs on torch's own kernels, the only ones that it has on such a CPU.
+
+In process every arm has a process of its own and no server: `generate_batch` of the embedded engine, vLLM's `LLM`
+without its second process and with the allocator and the OpenMP that it asks for (its fastest way here), and
+transformers' `generate`, which is spared the log-probs. They take turns, round by round; the best round of each counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
 import anyio
 import httpx
@@ -137,15 +144,103 @@ async def run(arguments: argparse.Namespace, folder: str) -> None:
                 await measure(engine, endpoint, concurrency, vocab_size)
 
 
+# -- in process: one process an arm, which runs a round whenever it reads a line "concurrency seed" --------------------
+
+
+def work(arm: str, shape: str, rounds: IO[str]) -> None:
+    """What the process of an arm of ours does."""
+    import torch
+    import transformers
+
+    from benchmarks.generation_vs_transformers import random_prompts, run_engine, run_transformers
+    from rollouts.inference import EmbeddedEngine
+
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(**SHAPES[shape].hf_config())
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    engine = EmbeddedEngine(model, max_length=256, max_rows=256) if arm == "rollouts" else None
+    for line in rounds:
+        count, seed = map(int, line.split())
+        prompts = random_prompts(count, config.vocab_size, seed)
+        seconds = run_engine(engine, prompts, seed) if engine else run_transformers(model, prompts, None)
+        print("seconds", seconds, flush=True)
+    if engine:
+        engine.close()
+
+
+@contextmanager
+def working(arm: str, shape: str, folder: str, eager: bool) -> Iterator[subprocess.Popen[str]]:
+    words, environment = [sys.executable, "-m", "benchmarks.generation_vs_engines", "--shape", shape, "--arm", arm], {}
+    if arm == "vllm":
+        home = ROOT / ".engines" / "vllm"
+        worker = str(ROOT / "benchmarks" / "vllm_in_process.py")
+        words = [str(home / "bin" / "python"), worker, folder, *(["eager"] if eager else [])]
+        allocator = [*Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4")]
+        openmp = [*home.glob("lib/*/site-packages/torch/lib/libgomp*")]
+        environment = {"LD_PRELOAD": ":".join(map(str, allocator + openmp))}
+    process = subprocess.Popen(
+        words, env=os.environ | environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    with process:
+        try:
+            yield process
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def one_round(process: subprocess.Popen[str], concurrency: int, seed: int) -> float:
+    """Seconds, as the process itself took them; before and after it stands still, whatever its threads would do."""
+    assert process.stdin is not None and process.stdout is not None
+    os.killpg(process.pid, signal.SIGCONT)
+    process.stdin.write(f"{concurrency} {seed}\n")
+    process.stdin.flush()
+    for line in process.stdout:
+        if line.startswith("seconds "):
+            os.killpg(process.pid, signal.SIGSTOP)
+            return float(line.split()[1])
+    raise SystemExit(f"an arm ended: {' '.join(map(str, process.args))}")
+
+
+def run_in_process(arguments: argparse.Namespace, folder: str) -> None:
+    arms = ["rollouts", "vllm", "generate"]
+    if not (ROOT / ".engines" / "vllm" / "bin" / "python").exists():
+        print("vllm is left out: .engines/vllm is missing (make test-engines installs it)")
+        arms.remove("vllm")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # processes that stand still must not outlive this one
+    with ExitStack() as stack:
+        processes = {arm: stack.enter_context(working(arm, arguments.shape, folder, arguments.eager)) for arm in arms}
+        for seed, process in enumerate(processes.values()):  # one after another: all that starting takes
+            one_round(process, 1, seed)
+        others = "".join(f"{f'of {arm}':>12}" for arm in arms[1:])
+        print(f"{'at':>5} " + "".join(f"{arm:>12}" for arm in arms) + others + "   tokens/s, and ours as a multiple")
+        for concurrency in arguments.concurrency:
+            best = dict.fromkeys(arms, float("inf"))
+            for round_ in range(arguments.rounds + 1):  # the first one does not count
+                for arm, process in processes.items():
+                    seconds = one_round(process, concurrency, 1000 * round_ + concurrency)
+                    best[arm] = min(best[arm], seconds if round_ else float("inf"))
+            rates = "".join(f"{concurrency * NEW_TOKENS / best[arm]:12,.0f}" for arm in arms)
+            ratios = "".join(f"{best[arm] / best['rollouts']:12.2f}" for arm in arms[1:])
+            print(f"{concurrency:5} {rates}{ratios}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--shape", default="B", choices=list(SHAPES))
     parser.add_argument("--eager", action="store_true", help="vLLM without compilation")
+    parser.add_argument("--in-process", action="store_true", help="no servers")
+    parser.add_argument("--rounds", type=int, default=3, help="in process, after one that does not count")
+    parser.add_argument("--arm", choices=["rollouts", "generate"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.arm:
+        return work(arguments.arm, arguments.shape, sys.stdin)
     with tempfile.TemporaryDirectory() as folder:
         make_model_folder(arguments.shape, Path(folder))
+        if arguments.in_process:
+            return run_in_process(arguments, folder)
         anyio.run(run, arguments, folder)
 
 
