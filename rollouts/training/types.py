@@ -213,8 +213,8 @@ class RLTrainingConfig:
         temperature: at which the rollouts were sampled, and at which log-probs are computed.
         kl_in_reward: weight of the KL to the reference model subtracted from each token's reward; 0 = none.
         old_log_probs: whose log-probs the loss compares with: ``trainer`` computes them once at the start of a step,
-            ``rollout`` takes the sampler's, ``auto`` computes them where several optimizer steps a batch or stale
-            rollouts need them (with one fresh step they equal the log-probs of the loss itself).
+            ``rollout`` takes the sampler's, ``auto`` computes them where several optimizer steps a batch need them
+            (with one they equal the log-probs of the loss itself, however old the rollouts are).
         max_staleness: how many steps the weights that sampled a token may lag behind those that learn from it. 0 waits
             for every batch; k generates up to k batches ahead while training goes on.
         sync_every: steps between weight updates of the engines.
