@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from rollouts.inference.native import use_huge_pages
 from rollouts.inference.prefix_tree import Node, PrefixTree
 
 PAGE_SIZE = 16
@@ -34,7 +35,10 @@ class KVCache:
         device: torch.device,
     ) -> None:
         def pages(*shape: int) -> list[torch.Tensor]:
-            return [torch.zeros(num_pages, num_kv_heads, *shape, dtype=dtype, device=device) for _ in range(num_layers)]
+            made = [torch.empty(num_pages, num_kv_heads, *shape, dtype=dtype, device=device) for _ in range(num_layers)]
+            for each in made:
+                use_huge_pages(each)
+            return [each.zero_() for each in made]
 
         self.keys = pages(head_dim, PAGE_SIZE)
         self.values = pages(PAGE_SIZE, head_dim)

@@ -214,6 +214,7 @@ class NativeForward:
         self._bytes = library.step_bytes
         self._bytes.argtypes, self._bytes.restype = (address, count, count, count), count
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._logits = torch.empty(0, dtype=torch.float32)  # kept: new memory of this size costs more than writing it
         self._alone_until, self._slow_steps = 0.0, 0  # in a row, of those on several threads
         self._shapes = [None if x is None else x.shape for x in structured.parameters()]
         self.refresh()
@@ -230,7 +231,7 @@ class NativeForward:
         return torch.cat((self._run(without_chunks(step), cache), logits)) if step.num_decode else logits
 
     def _run(self, step: Step, cache: KVCache) -> torch.Tensor:
-        """Logits [B, V] float32."""
+        """Logits [B, V] float32, which the next step overwrites."""
         self._point(cache)
         model, tokens, outputs = self._model, len(step.token_ids), len(step.outputs)
         table = cache.page_table
@@ -238,8 +239,10 @@ class NativeForward:
         size = self._bytes(ctypes.addressof(model), tokens, outputs, table.shape[1])
         if len(self._memory) < size:
             self._memory = torch.empty(size, dtype=torch.uint8)
-        # Said wherever C++ writes: torch's default is another while transformers loads a model in any thread.
-        logits = torch.empty(outputs, model.vocab_size, dtype=torch.float32)
+        if len(self._logits) < outputs * model.vocab_size:
+            # Said wherever C++ writes: torch's default is another while transformers loads a model in any thread.
+            self._logits = torch.empty(outputs * model.vocab_size, dtype=torch.float32)
+        logits = self._logits[: outputs * model.vocab_size].view(outputs, model.vocab_size)
         self._step(
             ctypes.addressof(model), tokens, step.token_ids.data_ptr(), step.positions.data_ptr(),
             step.rows.data_ptr(), table.ctypes.data, table.shape[1], outputs, step.outputs.data_ptr(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 from pathlib import Path
 
 import torch
@@ -34,6 +35,19 @@ def release_threads() -> None:
     """
     if (openmp := _openmp()) is not None:
         openmp.omp_pause_resource_all(1)  # omp_pause_soft: settings are kept
+
+
+def use_huge_pages(x: torch.Tensor) -> None:
+    """Ask for memory pages of 2 MB where ``x`` lies, which nobody has touched yet; nothing on a GPU.
+
+    Keys and values of many sequences are read here and there: of small pages the processor knows too few addresses.
+    """
+    if hasattr(mmap, "MADV_HUGEPAGE") and x.device.type == "cpu":
+        start = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = x.data_ptr() + x.nbytes - start
+        if length > 0:  # a kernel that has none says so, and nothing is lost
+            libc = ctypes.CDLL(None)
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_HUGEPAGE))
 
 
 def sample_rows(

@@ -46,7 +46,8 @@ def decode(forward: object, rows: Rows, cache: KVCache, which: list[int]) -> tor
     chosen = np.array(which)
     plan = Plan(chosen, [], chosen, np.arange(len(chosen)), [])
     with torch.inference_mode():
-        return forward(make_step(plan, rows, cache, torch.device("cpu"), with_reads=True), cache)  # type: ignore[operator]
+        step = make_step(plan, rows, cache, torch.device("cpu"), with_reads=True)
+        return forward(step, cache).clone()  # type: ignore[operator]  # the next step overwrites them
 
 
 SHAPES = {
@@ -150,7 +151,7 @@ def test_a_prompts_logits_are_bitwise_the_same_however_it_is_cut(
             plan = Plan(np.array(decoding, np.int64), chunks, np.array([], np.int64), ends, [])
             with torch.inference_mode():
                 step = make_step(plan, rows, cache, torch.device("cpu"), with_reads=True)
-                logits = forward(step, cache)
+                logits = forward(step, cache).clone()
         return logits[[row for row, _, _ in chunks].index(3)]
 
     whole = last_logits(([], [(3, 0, 71)]))
@@ -174,7 +175,7 @@ def test_prompts_may_be_computed_apart_from_decoding_rows(make_peaked_model: Cal
     plan = Plan(np.array([0, 1]), [(2, 10, 60), (3, 0, 20)], np.array([0, 1, 3]), np.array([0, 1, 71, 30]), [])
     with torch.inference_mode():
         step = make_step(plan, rows, cache, torch.device("cpu"), with_reads=True)
-        together = forward(step, cache)
+        together = forward(step, cache).clone()
         forward._chunks_apart = True
         apart = forward(step, cache)
     assert torch.equal(apart[:2], together[:2])
