@@ -92,7 +92,7 @@ def causal_lm_loss(logits: torch.Tensor | DeferredLogits, labels: torch.Tensor, 
     else:
         source, weight, bias = logits.flatten(0, 1), None, None
     total, correct = _CrossEntropy.apply(source, weight, bias, predictors, targets, weights)
-    count = torch.tensor(float(len(targets)), device=total.device)
+    count = torch.tensor(float(len(targets)), dtype=torch.float32, device=total.device)
     return LossOutput(total, count, {"accuracy": (correct, count)})
 
 

@@ -74,7 +74,7 @@ def aggregate(
     """
     check_aggregation(aggregation, max_length)
     if aggregation == "token-mean":
-        return per_token.sum(), torch.tensor(float(len(per_token)), device=per_token.device)
+        return per_token.sum(), torch.tensor(float(len(per_token)), dtype=torch.float32, device=per_token.device)
     if aggregation == "seq-mean-token-mean":
         return (per_token / sequences.spread(sequences.lengths)).sum(), sequences.count  # l_i >= 1: it has this token
     divisor = max_length if aggregation == "seq-mean-token-sum-norm" and max_length else 1

@@ -385,6 +385,6 @@ def policy_loss_terms(
     measured["ratio"] = bounded_exp(difference)
     measured["approx_kl_k1"] = -difference
     measured["approx_kl_k3"] = measured["ratio"] - difference - 1.0
-    num_tokens = torch.tensor(float(len(difference)), device=difference.device)
+    num_tokens = torch.tensor(float(len(difference)), dtype=torch.float32, device=difference.device)
     metrics |= {name: (values.detach().float().sum(), num_tokens) for name, values in measured.items()}
     return LossOutput(total, count, metrics)

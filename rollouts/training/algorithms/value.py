@@ -85,7 +85,7 @@ def make_value_loss(config: ValueLossConfig | None = None) -> LossFn:
             "value_error_squared": error.square(),
             "value_clip_fraction": per_token > 0.5 * error.square(),
         }
-        tokens = torch.tensor(float(len(now)), device=now.device)
+        tokens = torch.tensor(float(len(now)), dtype=torch.float32, device=now.device)
         metrics = {name: (x.detach().float().sum(), tokens) for name, x in measured.items()}
         return LossOutput(total, count, {"value_loss": (total.detach(), count), **metrics})
 

@@ -103,7 +103,8 @@ class PyTorchTrainingBackend:
         self.weight_version = 0  # changes of the weights, by a step or by loading
         self.skipped_steps = 0
         self._bad_in_a_row = 0
-        self._count = torch.zeros((), device=self.device)  # what the accumulated gradient is to be divided by
+        # What the accumulated gradient is to be divided by.
+        self._count = torch.zeros((), dtype=torch.float32, device=self.device)
         self._norm: torch.Tensor | None = None
         self._poison: str | None = None
 
@@ -371,7 +372,7 @@ class PyTorchTrainingBackend:
         moments = {
             key: torch.zeros_like(masters[key.rpartition("#")[0]], requires_grad=False)
             if per_weight
-            else torch.zeros(())
+            else torch.zeros((), dtype=torch.float32)
             for key, per_weight in kinds.items()
         }
         weights = self._sharded_weights({*masters, *saved})

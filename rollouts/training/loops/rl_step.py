@@ -320,7 +320,7 @@ def estimate_advantages(
     if config.kl_in_reward > 0:
         if "ref_log_probs" not in flat:
             raise UserError("kl_in_reward needs a reference model; give reference")
-        zeros = torch.zeros(len(sequence_ids))
+        zeros = torch.zeros(len(sequence_ids), dtype=torch.float32)
         token_rewards = kl_in_reward(zeros, flat["old_log_probs"], flat["ref_log_probs"], config.kl_in_reward)
     name = config.advantage
     if name == "gdpo":
