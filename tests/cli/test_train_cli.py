@@ -141,6 +141,7 @@ def test_ctrl_c_ends_the_run_at_once_and_the_same_command_resumes_it(
     assert f"the same command resumes {run}" in capsys.readouterr().err
     assert steps_of(run) == [1, 2, 3]
     assert main(["sft", path]) == 0
+    assert f"going on after step 2, from {run / 'checkpoints' / 'step_000002'}" in capsys.readouterr().err
     assert steps_of(run) == [1, 2, 3, 4, 5, 6]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -46,6 +47,8 @@ from rollouts.training.types import RLTrainingConfig, RolloutBatch, Sample
 from rollouts.training.weight_sync import WeightSyncManager, sync_weights_to_engines
 
 Evaluate = Callable[[int], Awaitable[dict[str, float]]]
+
+log = logging.getLogger(__name__)
 
 
 async def run_rl_training(
@@ -302,6 +305,7 @@ async def resume_step(
         await companion.load_checkpoint(companion.checkpoint_dir / checkpoint.name)
     if source is not None:
         source.load_state_dict(state["rollouts"])
+    log.info("going on after step %d, from %s", state["step"], checkpoint)
     return state
 
 

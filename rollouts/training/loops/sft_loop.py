@@ -9,6 +9,7 @@ cursor --indices--> collate --micro-batches--> forward_backward --> optim_step -
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ from rollouts.training.hardware import matmul_peak, peak_memory_mb
 from rollouts.training.loops.batches import collate_batch, collate_step, prepare_sft_batch
 from rollouts.training.metrics import ConsoleLogger, MetricsLogger
 from rollouts.training.types import Sample, SFTTrainingConfig
+
+log = logging.getLogger(__name__)
 
 __all__ = ["collate_batch", "prepare_sft_batch", "run_gradient_steps", "run_sft_training"]
 
@@ -108,6 +111,7 @@ async def run_gradient_steps(
         cursor.load_state_dict(state["cursor"])
         stopper = EarlyStopping(**state["early_stopping"] | {"patience": config.early_stopping_patience})
         step, metrics = state["step"], state["metrics"]
+        log.info("going on after step %d, from %s", step, checkpoint)
         if step >= config.num_steps or stopper.should_stop:
             return [metrics]
 
