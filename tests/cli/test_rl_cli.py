@@ -76,6 +76,7 @@ def test_a_run_that_was_stopped_goes_on_and_another_forks_from_it(
     (folder / "recipe.yaml").write_text((whole / "recipe.yaml").read_text().replace(str(whole), str(folder)))
     subprocess.run(["rm", "-r", str(folder / "final")], check=True)
     assert main(["rl", str(recipe)]) == 0
+    assert "going on after step 2" in capsys.readouterr().err
     assert [row["step"] for row in metrics_of(folder)] == [1, 2, 3, 4]
     assert rollouts_of(folder) == rollouts_of(whole)
     a, b = (AutoModelForCausalLM.from_pretrained(run / "final") for run in (folder, whole))
