@@ -113,7 +113,7 @@ def rollouts(verb: str, recipe: dict[str, Any], threads: int) -> Cost:
     return Cost(time.monotonic() - begin, cpu)
 
 
-def train_sft(folder: Path, threads: int, careless: float = CARELESS, num_heads: int = 4) -> Cost:
+def train_sft(folder: Path, threads: int, careless: float = CARELESS, num_heads: int = 4, head_dim: int = 24) -> Cost:
     """The model that every arm starts from: ``folder/sft/final``."""
     from rollouts.models.tokenizer import MIN_VOCAB_SIZE, save_tokenizer, train_tokenizer
 
@@ -127,11 +127,11 @@ def train_sft(folder: Path, threads: int, careless: float = CARELESS, num_heads:
         "run_dir": str(folder / "sft"),
         "model": {
             "init": {
-                "hidden_size": 96,
+                "hidden_size": num_heads * head_dim,
                 "num_layers": 2,
                 "num_heads": num_heads,
-                "head_dim": 96 // num_heads,
-                "intermediate_size": 256,
+                "head_dim": head_dim,
+                "intermediate_size": num_heads * head_dim * 8 // 3 // 32 * 32,
             },
             "tokenizer": str(folder / "tokenizer"),
             "precision": "float32",

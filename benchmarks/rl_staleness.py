@@ -53,7 +53,7 @@ from rollouts.pipeline.evaluation import wilson_interval
 from rollouts.pipeline.world import Split
 
 STALENESS = (0, 2)
-HEADS = 3  # of 32 channels, whose attention is compiled: in its place Python would take turns with the engine's
+HEAD_DIM = 32  # attention of such heads is compiled: in its place Python would take turns with the engine's
 JUDGE_SECONDS = 0.1
 JUDGE = f"""
 import anyio
@@ -219,17 +219,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--heads", type=int, default=3, help=f"of {HEAD_DIM} channels: the model's width (default: 3)")
     parser.add_argument("--steps", type=int, default=RL_STEPS)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/results/rl_staleness"))
     arguments = parser.parse_args(argv)
-    folder = (arguments.folder / "quick" if arguments.quick else arguments.folder).absolute()
+    folder = (arguments.folder / ("quick" if arguments.quick else f"heads_{arguments.heads}")).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     model, steps, seeds = folder / "sft" / "final", arguments.steps, arguments.seeds
     if arguments.quick:
         model, steps, seeds = untrained(folder / "untrained"), 2, [0]
     elif not model.exists():
-        train_sft(folder, threads=2, num_heads=HEADS)
+        train_sft(folder, threads=2, num_heads=arguments.heads, head_dim=HEAD_DIM)
     start, results = folder / "start.json", folder / "runs.jsonl"
     if not start.exists():
         start.write_text(json.dumps({"correct": count_correct(model)}))
