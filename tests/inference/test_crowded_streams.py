@@ -117,11 +117,11 @@ async def test_few_streams_are_given_each_token_when_it_is_sampled(
     assert sum(sizes) == 180 and max(sizes) == 1
 
 
+@pytest.mark.usefixtures("compiler")
 async def test_a_core_that_is_lent_for_a_moment_is_used_again_at_once(engine: EmbeddedEngine) -> None:
     """Writing to a crowd slows a step now and then; only steps that are slow in a row end in one thread."""
     forward = engine._thread._forward
-    if not isinstance(forward, NativeForward):
-        pytest.skip("no compiler: nothing is computed in threads of our own")
+    assert isinstance(forward, NativeForward)
     for _ in range(2):
         forward._note_waits(9)
         assert forward._alone_until <= time.monotonic()
