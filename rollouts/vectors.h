@@ -29,6 +29,23 @@ inline f16 load(const bf16* p) {
   return (f16)(__builtin_convertvector(*(const h16*)p, u16) << 16);
 #endif
 }
+// Sixteen lines of sixteen numbers each -> the i-th line holding everybody's i-th number.
+template <class V>  // f16 or i16
+inline void transpose16(V* x) {
+#pragma GCC unroll 4
+  for (int s = 8; s >= 1; s /= 2) {  // swap blocks of s by s across the diagonal
+    i16 first, second;
+    for (int i = 0; i < 16; i++) first[i] = i & s ? i - s + 16 : i, second[i] = i & s ? i + 16 : i + s;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++)
+      if (!(i & s)) {
+        const V a = x[i], b = x[i + s];
+        x[i] = __builtin_shuffle(a, b, first);
+        x[i + s] = __builtin_shuffle(a, b, second);
+      }
+  }
+}
+
 inline float one(const float* p) { return *p; }
 inline float one(const bf16* p) {
   uint32_t bits = (uint32_t)*p << 16;

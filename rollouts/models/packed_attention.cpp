@@ -21,22 +21,6 @@ const float NEVER = -1e30f;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Sixteen lines of sixteen numbers each -> the i-th line holding everybody's i-th number.
-inline void transpose16(f16* x) {
-#pragma GCC unroll 4
-  for (int s = 8; s >= 1; s /= 2) {  // swap blocks of s by s across the diagonal
-    i16 first, second;
-    for (int i = 0; i < 16; i++) first[i] = i & s ? i - s + 16 : i, second[i] = i & s ? i + 16 : i + s;
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++)
-      if (!(i & s)) {
-        const f16 a = x[i], b = x[i + s];
-        x[i] = __builtin_shuffle(a, b, first);
-        x[i + s] = __builtin_shuffle(a, b, second);
-      }
-  }
-}
-
 struct Tensor {
   float* data;
   int64_t token, head;  // strides, in numbers

@@ -9,9 +9,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+
+#include "vectors.h"
 
 extern "C" int products_are_here() {
 #ifdef __AVX512BF16__
@@ -23,8 +22,6 @@ extern "C" int products_are_here() {
 
 #ifdef __AVX512BF16__
 namespace {
-
-typedef uint16_t bf16;
 
 const int64_t ROWS = 6, CHUNK = 96, PANEL = 64;
 const int64_t DEPTH = 1024;  // words of a panel taken at a time, so that it stays in the second cache
@@ -48,37 +45,17 @@ inline void interleave(const bf16* first, const bf16* second, int64_t count, uin
   }
 }
 
-// Sixteen lines of up to sixteen words each -> sixteen vectors, the j-th holding everybody's j-th word.
-inline void transpose16(__m512i* x) {
-  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-#pragma GCC unroll 4
-  for (int s = 8; s >= 1; s /= 2) {  // swap blocks of s by s across the diagonal
-    const __m512i step = _mm512_set1_epi32(s), upper = _mm512_and_si512(lanes, step);
-    // Lanes of the second operand are numbered from 16 on.
-    const __mmask16 high = _mm512_test_epi32_mask(upper, upper);
-    const __m512i first = _mm512_mask_add_epi32(lanes, high, lanes, _mm512_set1_epi32(16 - s));
-    const __m512i second = _mm512_mask_add_epi32(_mm512_add_epi32(lanes, step), high, lanes, _mm512_set1_epi32(16));
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++)
-      if (!(i & s)) {
-        const __m512i a = x[i], b = x[i + s];
-        x[i] = _mm512_permutex2var_epi32(a, first, b);
-        x[i + s] = _mm512_permutex2var_epi32(a, second, b);
-      }
-  }
-}
-
 // `width` lines along K of a matrix stored with K last, from line `first` -> words [words, width].
 inline void transpose(const bf16* data, int64_t stride, int64_t first, int64_t width, int64_t words, uint32_t* out) {
   for (int64_t i = 0; i < width; i += 16)
     for (int64_t k = 0; k < words; k += 16) {
       const int64_t count = least(16, words - k);
       const __mmask16 there = (__mmask16)((1u << count) - 1);
-      __m512i x[16];
+      i16 x[16];  // words of sixteen lines, then of everybody's the j-th
       for (int64_t r = 0; r < 16; r++)
-        x[r] = _mm512_maskz_loadu_epi32(there, (const uint32_t*)(data + (first + i + r) * stride) + k);
+        x[r] = (i16)_mm512_maskz_loadu_epi32(there, (const uint32_t*)(data + (first + i + r) * stride) + k);
       transpose16(x);
-      for (int64_t j = 0; j < count; j++) _mm512_storeu_si512(out + (k + j) * width + i, x[j]);
+      for (int64_t j = 0; j < count; j++) _mm512_storeu_si512(out + (k + j) * width + i, (__m512i)x[j]);
     }
 }
 
