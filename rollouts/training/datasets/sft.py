@@ -17,6 +17,7 @@ own) is partly template and does not learn.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,18 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
 _BLANKS = re.compile(r"\s*")
 _PROBE = ("probe-question-1", "probe-answer-1", "probe-question-2", "probe-answer-2")
+_one_at_a_time = threading.Lock()
+
+
+class _MarkedTemplate(str):
+    """A chat template that transformers compiles, and caches, apart from the same text in a plain ``str``.
+
+    A compiled template notes its ``{% generation %}`` blocks in one place that belongs to nobody: another rendering by
+    it at the same time, in any thread and with or without marks, writes its own text there. So renderings with marks
+    have a compiled template to themselves, and follow one another.
+    """
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -213,15 +226,17 @@ def _render_marked(
     """The rendering with the spans of its ``{% generation %}`` blocks, adjoining ones merged."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    texts, all_spans = _render(
-        lambda: render_jinja_template(
-            conversations=[list(messages)],
-            tools=tools,
-            chat_template=tokenizer.get_chat_template(tools=tools),
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
+    template = _MarkedTemplate(tokenizer.get_chat_template(tools=tools))
+    with _one_at_a_time:
+        texts, all_spans = _render(
+            lambda: render_jinja_template(
+                conversations=[list(messages)],
+                tools=tools,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **tokenizer.special_tokens_map,
+            )
         )
-    )
     spans: list[Span] = []
     for start, end in all_spans[0]:
         if spans and start <= spans[-1][1]:

@@ -6,6 +6,9 @@ import copy
 import gzip
 import json
 import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,6 +238,34 @@ def test_project_template_agrees_with_transformers_own_mask(tiny_tokenizer: PreT
         '<think>\neasy\n</think>\n\nI add.\n<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
         "<|im_end|>It is 3.<|im_end|>"
     )
+
+
+@pytest.fixture
+def restless_threads() -> Iterator[None]:
+    """Threads take turns after a microsecond, not after five milliseconds."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("restless_threads")
+def test_marks_are_right_while_other_threads_render(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Transformers notes where marks stand in one place a template, which every thread that renders writes to."""
+    rounds = range(100)
+
+    def masked(_: int) -> list[float]:
+        return list(prepare_sft_sample({"messages": TOOL_ROUND}, tiny_tokenizer).loss_mask)
+
+    def plain(_: int) -> str:
+        return tiny_tokenizer.apply_chat_template(TOOL_ROUND, tokenize=False)
+
+    expected = masked(0)
+    with ThreadPoolExecutor(4) as threads:
+        others = [threads.submit(lambda: [plain(i) for i in rounds]) for _ in range(2)]
+        masks = list(threads.map(masked, rounds))
+        assert all(other.result() for other in others)
+    assert masks == [expected] * len(rounds)
 
 
 def test_marks_that_leave_out_the_end_token_still_learn_it(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
