@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import random
@@ -36,6 +37,16 @@ def share_of_bytes(sample):
 
 share_of_bytes.isolation = "inline"
 """
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_found() -> Iterator[None]:
+    """A command run inside a test sends the package's messages to a stderr that is gone when the test is over."""
+    logger = logging.getLogger("rollouts")
+    found = logger.handlers, logger.propagate, logger.level
+    yield
+    logger.handlers, logger.propagate, level = found
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
