@@ -1,4 +1,4 @@
-"""Time limits of a connection that uvicorn does not have: a request's head must arrive, and an answer must be taken."""
+"""Limits of a connection that uvicorn does not have: a bounded head must arrive in time, and an answer be taken."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def timed_protocol(settings: Settings) -> type[asyncio.Protocol]:
     """uvicorn's protocol that drops a connection without a whole head, or with a reader that has stalled."""
 
     class TimedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+        in_head, head_bytes = False, 0
         head_timer: asyncio.TimerHandle | None = None
         reader_timer: asyncio.TimerHandle | None = None
 
@@ -22,11 +23,22 @@ def timed_protocol(settings: Settings) -> type[asyncio.Protocol]:
             self._start_head_timer()
 
         def data_received(self, data: bytes) -> None:
+            self.head_bytes += len(data)
             super().data_received(data)
+            if self.in_head and self.head_bytes > settings.max_header_bytes:
+                self.transport.abort()
             if self.cycle is not None and not self.cycle.response_complete:  # a head is complete
                 self._stop_head_timer()
             elif self.head_timer is None:
                 self._start_head_timer()
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self.in_head, self.head_bytes = True, 0  # what came with its first piece may belong to a body before it
+
+        def on_headers_complete(self) -> None:
+            super().on_headers_complete()
+            self.in_head = False
 
         def pause_writing(self) -> None:
             super().pause_writing()

@@ -15,7 +15,7 @@ OPEN_FOLDER = "/page/"
 
 
 class Guard:
-    """ASGI middleware: checks Host, Origin and the bearer token of every method."""
+    """ASGI middleware: checks sizes, Host, Origin and the bearer token of every method."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.settings = app, settings
@@ -34,6 +34,8 @@ class Guard:
 
 def check_head(scope: Scope, settings: Settings) -> None:
     """Check what a request's head alone tells. Raises RequestError."""
+    if sum(len(name) + len(value) for name, value in scope["headers"]) > settings.max_header_bytes:
+        raise RequestError(f"the headers are larger than {settings.max_header_bytes:,} bytes; send less", status=431)
     headers: dict[bytes, list[bytes]] = {}
     for name, value in scope["headers"]:
         headers.setdefault(name, []).append(value)

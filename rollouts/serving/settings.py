@@ -16,6 +16,7 @@ class Settings:
         host: the address that the server binds.
         api_key: the bearer token that every request but ``/health`` must carry; needed unless ``host`` is loopback.
         allowed_hosts: names, besides localhost, under which browsers and clients may reach the server.
+        max_header_bytes: of a request's head.
         max_body_bytes: of a request.
         max_weights_bytes: of a request that brings weights with it.
         max_queue: samples that may wait for a place in the engine; the next request gets 429.
@@ -36,6 +37,7 @@ class Settings:
     host: str = "127.0.0.1"
     api_key: str | None = None
     allowed_hosts: tuple[str, ...] = ()
+    max_header_bytes: int = 1 << 16
     max_body_bytes: int = 1 << 20
     max_weights_bytes: int = 1 << 26
     max_queue: int = 1024

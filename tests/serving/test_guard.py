@@ -149,6 +149,15 @@ def test_slow_heads_and_bodies_are_dropped(served_weights: Path, tiny_tokenizer:
         assert b" 408 " in said.split(b"\r\n")[0]
 
 
+def test_heads_are_bounded(server: Any) -> None:
+    start = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "
+    assert b" 200 " in talk(server, start + b"a" * 60_000 + b"\r\n\r\n", until=b"\r\n").split(b"\r\n")[0]
+    assert b" 431 " in talk(server, start + b"a" * 70_000 + b"\r\n\r\n", until=b"\r\n").split(b"\r\n")[0]
+    assert talk(server, start, b"a" * 10_000) == b"", "a head without an end is not kept"
+    body = b" " * 2_000_000  # refused by its head, and read to its end all the same
+    assert b" 413 " in talk(server, post_head("/v1/completions", len(body)) + body, until=b"\r\n").split(b"\r\n")[0]
+
+
 @pytest.mark.parametrize(
     "template",
     [
