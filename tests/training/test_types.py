@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import numpy as np
 import pytest
 import torch
@@ -157,6 +158,41 @@ def test_completion_from_another_thread() -> None:
 
 async def _awaited(future: TrainFuture[int]) -> int:
     return await future
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_whoever_awaits_can_be_cancelled(backend: str) -> None:
+    future: TrainFuture[int] = TrainFuture("x")
+
+    async def main() -> int:
+        with anyio.move_on_after(0.01) as scope:
+            await future
+        assert scope.cancelled_caught and not future.done()
+        future.set_result(7)
+        return await future
+
+    assert anyio.run(main, backend=backend) == 7
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_many_await_and_a_thread_completes_what_they_await(backend: str) -> None:
+    """More than there are threads to run things in: none is taken by waiting."""
+    future: TrainFuture[int] = TrainFuture("x")
+    found: list[int] = []
+
+    async def wait() -> None:
+        found.append(await future)
+
+    async def main() -> None:
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as tasks:
+                for _ in range(100):
+                    tasks.start_soon(wait)
+                await anyio.wait_all_tasks_blocked()
+                await anyio.to_thread.run_sync(future.set_result, 7)
+
+    anyio.run(main, backend=backend)
+    assert found == [7] * 100
 
 
 def test_futures_may_be_awaited_in_any_order() -> None:
