@@ -164,12 +164,16 @@ class RewardRunner:
 
         Returns:
             How many were scored, left out and skipped.
+
+        Raises:
+            UserError: a worker process cannot load the functions.
         """
         if self._slots is None:
             raise RuntimeError("use `async with RewardRunner(...) as runner`, then runner.score(samples)")
         report = RewardReport()
         unfinished = _Fault(RewardFault.RAISED, "the reward ended without a result")
         outcomes: dict[int, list[Reward] | _Fault] = {}
+        unusable: list[UserError] = []
 
         async def score_one(i: int) -> None:
             async with self._slots:  # type: ignore[union-attr]
@@ -177,12 +181,17 @@ class RewardRunner:
                     outcomes[i] = [await self._reward(number, samples[i]) for number in range(len(self.rewards))]
                 except _Fault as fault:
                     outcomes[i] = fault
+                except UserError as error:  # no sample's fault; raised below, for the group would wrap it
+                    unusable.append(error)
+                    tasks.cancel_scope.cancel()
 
         async with anyio.create_task_group() as tasks:
             for i, sample in enumerate(samples):
                 if sample.status in (SampleStatus.COMPLETED, SampleStatus.TRUNCATED):
                     outcomes[i] = unfinished
                     tasks.start_soon(score_one, i)
+        if unusable:
+            raise unusable[0]
         for i, outcome in outcomes.items():
             if isinstance(outcome, _Fault):
                 self._leave_out(samples[i], outcome)

@@ -380,6 +380,21 @@ def test_what_cannot_reach_a_worker_is_said() -> None:
     assert samples[0].reward == 0.5 and report.faults == {"unsendable": 1}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_module_that_no_worker_can_load_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """In one line, as every other error of the user's: not in a group of exceptions."""
+    name = f"reward_for_{backend}"
+    file = tmp_path / f"{name}.py"
+    file.write_text("def fn(sample): return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = load_function(f"{name}:fn")
+    file.write_text("raise ImportError('no such library on this machine')\n")
+    with pytest.raises(UserError, match=r"cannot load it .*no such library"):
+        score([sample(), sample()], reward, backend)
+
+
 def test_large_samples() -> None:
     samples = [sample(response="x" * 5_000_000)]
     score(samples, lambda s: len(s.response))
