@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import anyio.to_thread
 import httpx
 
 from rollouts.errors import RunError, UserError
@@ -35,6 +34,7 @@ from rollouts.inference.sampling_params import SamplingParams
 from rollouts.providers import Endpoint, ProviderError, connect, sample_tokens
 from rollouts.providers.http import request_json, run_all
 from rollouts.providers.token_dialects import version_number
+from rollouts.training.rollout_gen.concurrency import call
 from rollouts.training.weight_push import WeightGroup, buckets, named_tensors
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class RemoteEngine(ABC):
         Raises:
             ProviderError: it did not within ``timeout`` seconds.
         """
-        self._group = None
+        self._leave_group()
         self._forget_adapter()
         with anyio.move_on_after(self.endpoint.timeout):
             while not await self.is_healthy():
@@ -192,8 +192,8 @@ class RemoteEngine(ABC):
                 if mode == "drain":
                     await self._close_gate()
                 new = await self.get_weight_version() + 1 if version is None else version
-                await self.pause_generation("abort" if mode == "abort" else "keep")
                 try:
+                    await self.pause_generation("abort" if mode == "abort" else "keep")
                     await load(new)
                     await self.flush_cache()
                 finally:
@@ -216,27 +216,35 @@ class RemoteEngine(ABC):
 
     async def _push(self, tensors: dict[str, torch.Tensor], version: int) -> None:
         """Send tensors in buckets; the server receives each while this process sends it."""
-        if self._group is None:
-            address = self.push_address or address_towards(self.base_url)
-            group = WeightGroup(address, await self._num_workers(), self.endpoint.timeout)
-            await self._together(partial(self._invite, group), group.join)
-            self._group = group
         try:
+            if self._group is None:
+                address = self.push_address or address_towards(self.base_url)
+                self._group = WeightGroup(address, await self._num_workers(), self.endpoint.timeout)
+                await self._together(partial(self._invite, self._group), self._group.join)
+            group = self._group
             await self._begin_push()
             for bucket in buckets(tensors):
-                send = partial(self._group.send, list(bucket.values()))
+                send = partial(group.send, list(bucket.values()))
                 await self._together(partial(self._receive, bucket, version), send)
             await self._end_push(version)
         except BaseException:
-            self._group = None  # its other end may be anywhere
+            self._leave_group()  # its other end may be anywhere
             raise
 
+    def _leave_group(self) -> None:
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
     async def _together(self, ask: Any, work: Any) -> None:
-        """Await the server's answer while a thread of this process does its part."""
+        """Await the server's answer while a thread of this process does its part.
+
+        When the server refuses, the thread waits in vain until its time is up, and nobody for it.
+        """
 
         async def in_thread() -> None:
             try:
-                await anyio.to_thread.run_sync(work, abandon_on_cancel=True)
+                await call(work)
             except RuntimeError as error:
                 raise WeightSyncError(f"{self!r} took no part in the push: {error}") from error
 

@@ -13,6 +13,7 @@ Each engine has a group of its own, so that one that dies takes nobody with it; 
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
@@ -63,20 +64,33 @@ class WeightGroup:
             timeout=timedelta(seconds=timeout),
         )
         self.port = self._store.port
+        self._changing = threading.Lock()
         self._group: dist.ProcessGroup | None = None
+        self._closed = False
 
     def join(self) -> None:
         """Meet the engine's processes; blocks. Raises RuntimeError when they do not come."""
-        self._group = join_process_group(self._store, 0, self.world_size, self.name, self.timeout)
+        group = join_process_group(self._store, 0, self.world_size, self.name, self.timeout)
+        with self._changing:
+            if self._closed:  # nobody waits for it any more
+                dist.destroy_process_group(group)
+            else:
+                self._group = group
 
     def send(self, tensors: Iterable[torch.Tensor]) -> None:
         assert self._group is not None, "join() comes first"
         broadcast(self._group, tensors)
 
     def close(self) -> None:
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
-            self._group = None
+        """Leave the group, which torch would keep with its threads and sockets until the process ends.
+
+        A thread that is in ``join`` or ``send`` stays there until the others answer or its time is up.
+        """
+        with self._changing:
+            self._closed = True
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+                self._group = None
 
 
 def named_tensors(weights: Mapping[str, torch.Tensor] | nn.Module) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import anyio
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rollouts.errors import UserError
@@ -328,6 +330,48 @@ async def test_no_engine_left_is_an_error(folders: dict[str, Path]) -> None:
         assert manager.engines == []
     with pytest.raises(UserError):
         WeightSyncManager([])
+
+
+async def test_a_push_that_fails_leaves_its_group(servers: list[Running], models: Models) -> None:
+    """torch keeps every group, with threads and sockets, that is not destroyed."""
+    engine = SGLangEngine(servers[0].url, "tiny", timeout=60)
+    groups = distributed_c10d._world.pg_map
+    before = len(groups)
+    await engine.update_weights(models["b"], 40)
+    assert engine._group is not None and len(groups) == before + 1
+    servers[0].post("/destroy_weights_update_group", group_name=engine._group.name)
+    with pytest.raises(WeightSyncError):
+        await engine.update_weights(models["c"], 41)
+    assert len(groups) == before
+    await engine.update_weights(models["c"], 42)  # in a new one
+    await assert_serves(engine, models["c"])
+    await engine.reconnect()
+    assert len(groups) == before
+
+
+REFUSED_PUSH = """
+import anyio
+from rollouts.training.remote_engines import SGLangEngine
+from rollouts.training.weight_push import WeightGroup
+
+async def refuse():
+    await anyio.sleep(0.1)
+    raise ValueError("refused")
+
+async def main():
+    try:
+        await SGLangEngine()._together(refuse, WeightGroup("127.0.0.1", 1, 3600).join)
+    except ValueError as error:
+        print(error)
+
+anyio.run(main)
+"""
+
+
+def test_a_refused_push_does_not_hold_the_process() -> None:
+    """Its thread still waits for the engine, and would for an hour."""
+    done = subprocess.run([sys.executable, "-c", REFUSED_PUSH], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr
 
 
 def _serve_for_a_while(folder: str, port: Any, tokenizer_folder: str) -> None:
