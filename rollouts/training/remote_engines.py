@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from rollouts.inference.completion import Completion
 
-HEALTH_SECONDS = 20.0
+HEALTH_SECONDS = 20.0  # for an answer of a server that lives
 POLL_SECONDS = 1.0
 ADAPTER_CONFIG = "adapter_config.json"  # what tells a folder with an adapter alone
 ADAPTER_NAME = "rollouts"  # of the adapter in vLLM
@@ -196,9 +196,12 @@ class RemoteEngine(ABC):
                     await self.pause_generation("abort" if mode == "abort" else "keep")
                     await load(new)
                     await self.flush_cache()
-                finally:
-                    with anyio.move_on_after(self.endpoint.timeout, shield=True):
+                except BaseException:
+                    with anyio.move_on_after(HEALTH_SECONDS, shield=True), suppress(ProviderError, UserError):
                         await self.continue_generation()
+                    raise
+                with anyio.CancelScope(shield=True):
+                    await self.continue_generation()
             except ProviderError as error:
                 raise WeightSyncError(f"{self!r} took no weights: {error}") from error
             finally:
@@ -346,8 +349,8 @@ class SGLangEngine(RemoteEngine):
         return digests
 
     async def pause_generation(self, mode: PauseMode = "keep") -> None:
+        self._paused = True  # perhaps, even if no answer comes
         await self._post("/pause_generation", {"mode": "abort" if mode == "abort" else "retract"})
-        self._paused = True
 
     async def continue_generation(self) -> None:
         await self._post("/continue_generation", {})

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -278,6 +279,7 @@ class WeightSyncManager:
         self._changing = anyio.Lock()  # one sync, or one engine that catches up, at a time
         self._scope: anyio.abc.TaskGroup | None = None
         self._send: Any = None
+        self._jobs: deque[_Job] = deque()  # asked for, and not done yet
 
     @property
     def engines(self) -> list[InferenceEngine]:
@@ -296,9 +298,14 @@ class WeightSyncManager:
     ) -> None:
         assert self._scope is not None
         self._send.close()
+        self._send = None
         self._scope.cancel_scope.cancel()
-        # The group need not know of an error in the block, which it would wrap in a group.
-        await self._scope.__aexit__(None, None, None)
+        try:
+            # The group need not know of an error in the block, which it would wrap in a group.
+            await self._scope.__aexit__(None, None, None)
+        finally:
+            while self._jobs:  # somebody may wait for them
+                self._jobs.popleft().future.set_exception(RuntimeError("the manager was closed"))
 
     def sync(
         self, weights: Weights, version: int | None = None, mode: UpdateMode = "drain"
@@ -313,9 +320,10 @@ class WeightSyncManager:
             version: None = one more than the last.
         """
         if self._send is None:
-            raise RuntimeError("the manager has not been entered; use it in `async with`")
+            raise RuntimeError("the manager is not entered; use it in `async with`")
         self._last = self._last + 1 if version is None else version
         job = _Job(weights, self._last, mode, TrainFuture("sync_weights"))
+        self._jobs.append(job)
         self._send.send_nowait(job)
         return job.future
 
@@ -342,12 +350,9 @@ class WeightSyncManager:
                 async with self._changing:
                     results = await self._sync(job)
             except Exception as error:
-                job.future.set_exception(error)
-            except BaseException:
-                job.future.set_exception(RuntimeError("the manager was closed"))
-                raise
+                self._jobs.popleft().future.set_exception(error)
             else:
-                job.future.set_result(results)
+                self._jobs.popleft().future.set_result(results)
 
     async def _sync(self, job: _Job) -> list[SyncResult]:
         weights: Weights = job.weights

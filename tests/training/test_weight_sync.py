@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rollouts.errors import UserError
 from rollouts.inference import Completion, EmbeddedEngine, SamplingParams, StopReason
-from rollouts.inference.protocol import InferenceEngine
+from rollouts.inference.protocol import InferenceEngine, PauseMode
+from rollouts.providers import ProviderError
+from rollouts.training import remote_engines
 from rollouts.training.weight_digests import compare_digests, digest
 from rollouts.training.weight_push import buckets, named_tensors
 from rollouts.training.weight_sync import (
@@ -323,6 +326,22 @@ async def test_syncs_out_of_memory_wait_for_the_next(
                 await assert_serves(inner[1], models["c"])
 
 
+async def test_what_was_asked_of_a_closed_manager_fails(folders: dict[str, Path], monkeypatch: Any) -> None:
+    """The syncs that wait behind another too: nobody waits for them for ever."""
+    monkeypatch.setattr(remote_engines, "HEALTH_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        engine = SGLangEngine(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=3600)
+        with anyio.fail_after(240):
+            async with WeightSyncManager([engine]) as manager:
+                futures = [manager.sync(folders["b"]) for _ in range(3)]
+                await anyio.sleep(0.1)
+        for future in futures:
+            with pytest.raises(RuntimeError, match="closed"):
+                future.wait(60)
+        with pytest.raises(RuntimeError, match="not entered"):
+            manager.sync(folders["b"])
+
+
 async def test_no_engine_left_is_an_error(folders: dict[str, Path]) -> None:
     async with WeightSyncManager([SGLangEngine("http://127.0.0.1:9", timeout=1)]) as manager:
         with pytest.raises(WeightSyncError, match="no engine serves version 1"):
@@ -347,6 +366,20 @@ async def test_a_push_that_fails_leaves_its_group(servers: list[Running], models
     await assert_serves(engine, models["c"])
     await engine.reconnect()
     assert len(groups) == before
+
+
+class LosesAnAnswer(SGLangEngine):
+    """As when the connection breaks: the server has paused, and its trainer does not know."""
+
+    async def pause_generation(self, mode: PauseMode = "keep") -> None:
+        await super().pause_generation(mode)
+        raise ProviderError("the connection broke")
+
+
+async def test_a_pause_that_fails_is_ended(servers: list[Running], folders: dict[str, Path]) -> None:
+    with pytest.raises(WeightSyncError, match="the connection broke"):
+        await LosesAnAnswer(servers[0].url, "tiny", timeout=60).update_weights_from_checkpoint(folders["a"], 50)
+    assert not servers[0].served.paused
 
 
 REFUSED_PUSH = """
