@@ -5,6 +5,7 @@ Shapes: T tokens of a packed row, B rows, S positions of a padded row, n sequenc
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,13 +31,16 @@ def plan_micro_batches(
     Every rank gets as many micro-batches as every other (an empty one means: take part, add nothing), of similar size,
     and no micro-batch exceeds ``max_tokens`` unless a single sample does. Every rank computes the same plan, so nothing
     needs to be communicated.
+
+    There are as few micro-batches as best fit needs, but they are filled evenly: a largest one that is smaller takes
+    less memory, and a last one that is small costs as many calls as any.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     bins = best_fit_bins(lengths, max_tokens) if packing else _padded_bins(lengths, max_tokens)
+    rounds = -(-len(bins) // world_size)
+    if packing:
+        bins = _spread(lengths, rounds * world_size, max_tokens) or bins
     if world_size > 1:
-        rounds = -(-len(bins) // world_size)
-        if packing and len(bins) < rounds * world_size:
-            bins = _spread(lengths, rounds * world_size, max_tokens) or bins
         bins += [[] for _ in range(rounds * world_size - len(bins))]
         bins.sort(key=lambda b: -int(lengths[b].sum()))
     # Heaviest first, dealt back and forth, so that ranks meet at each exchange with similar work behind them.
@@ -48,12 +52,12 @@ def plan_micro_batches(
 def _spread(lengths: np.ndarray, num_bins: int, max_tokens: int) -> list[list[int]] | None:
     """Longest first into the emptiest of ``num_bins`` bins; None when a bin would overflow by it."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    loads = np.zeros(num_bins, dtype=np.int64)
+    emptiest = [(0, number) for number in range(num_bins)]
     for i in np.argsort(-lengths, kind="stable").tolist():
-        target = int(loads.argmin())
+        load, target = emptiest[0]
+        heapq.heapreplace(emptiest, (load + int(lengths[i]), target))
         bins[target].append(i)
-        loads[target] += lengths[i]
-    fits = all(load <= max_tokens or len(b) == 1 for load, b in zip(loads, bins, strict=True))
+    fits = all(load <= max_tokens or len(bins[number]) == 1 for load, number in emptiest)
     return bins if fits else None
 
 

@@ -56,11 +56,18 @@ def test_work_is_spread_evenly() -> None:
     alone = plan_micro_batches(range(51, 61), 60, 2)  # too long to share: 60, 57, 56, ... and 59, 58, 55, ...
     loads = [sum(range(51, 61)[i] for m in of_rank for i in m) for of_rank in alone]
     assert max(loads) - min(loads) <= 1
-    lengths = np.array([80, 70, 60, 55, 40])  # bins of 80, 70, 100 and 55: the heaviest meet first
+    lengths = np.array([80, 70, 60, 55, 40])  # four of them, 80, 70, 60 and 55 + 40: the heaviest meet first
     turns = plan_micro_batches(lengths, 100, 2)
-    assert [[lengths[m].sum() for m in of_rank] for of_rank in turns] == [[100, 55], [80, 70]]
+    assert [[lengths[m].sum() for m in of_rank] for of_rank in turns] == [[95, 60], [80, 70]]
     few = plan_micro_batches([100, 100, 100, 100], 1000, 2)  # one bin would hold them; two ranks share them
     assert [[len(m) for m in of_rank] for of_rank in few] == [[2], [2]]
+
+
+def test_one_rank_has_no_small_rest() -> None:
+    [plan] = plan_micro_batches([583] * 16, 4608)  # seven would fit: 7, 7 and 2
+    assert [len(m) for m in plan] == [6, 5, 5]
+    lengths = [50, 50, 40, 30, 30]  # two of a hundred, but not if each next one goes where least is
+    assert [[lengths[i] for i in m] for m in plan_micro_batches(lengths, 100)[0]] == [[50, 50], [40, 30, 30]]
 
 
 def test_a_packed_batch_by_hand() -> None:
