@@ -41,7 +41,7 @@ from rollouts.training.loops.rl_batches import group_samples
 from rollouts.training.loops.rl_evaluate import RewardEvaluation
 from rollouts.training.loops.rl_loop import StoredRollouts, deal_stored
 from rollouts.training.loops.rl_step import ProcessRewards, own_log_probs
-from rollouts.training.remote_engines import SGLangEngine, VLLMEngine
+from rollouts.training.remote_engines import RolloutsEngine, SGLangEngine, VLLMEngine
 from rollouts.training.rewards.registry import RewardSpec, load_rewards
 from rollouts.training.rollout_gen import AsyncRolloutManager, EngineGenerate, RolloutConfig
 from rollouts.training.rollout_gen.concurrency import call
@@ -275,8 +275,7 @@ class _WithEngine:
         self.abort = default.abort
 
     async def __call__(self, samples: list[Sample], **kwargs: Any) -> list[Sample]:
-        result = self._function(samples, **self._offered, **kwargs)
-        return await result if inspect.isawaitable(result) else result
+        return await call(self._function, samples, **self._offered, **kwargs)  # a thread's, if it is not async
 
 
 def build_engine(recipe: RLRecipe, model: Any, tokenizer: PreTrainedTokenizerBase) -> EmbeddedEngine:
@@ -296,7 +295,7 @@ def build_servers(
 ) -> WeightSyncManager:
     """The servers that the recipe names, kept on the backend's weights and checked by its log-probs."""
     section = recipe.engine
-    kind = VLLMEngine if section.kind == "vllm" else SGLangEngine
+    kind = {"vllm": VLLMEngine, "sglang": SGLangEngine, "rollouts": RolloutsEngine}[section.kind]
     key = os.environ.get("ROLLOUTS_API_KEY")
     engines = [kind(url, api_key=key, timeout=section.timeout_s, max_retries=1) for url in section.url]
 

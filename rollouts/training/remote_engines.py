@@ -323,7 +323,7 @@ class RemoteEngine(ABC):
 
 
 class SGLangEngine(RemoteEngine):
-    """An SGLang server (with ``--enable-lora`` for adapters), or `rollouts serve`."""
+    """An SGLang server (with ``--enable-lora`` for adapters), or `rollouts serve`: see ``RolloutsEngine``."""
 
     provider = "sglang"
 
@@ -439,6 +439,10 @@ class SGLangEngine(RemoteEngine):
         if not (isinstance(answer, dict) and answer.get("success")):
             message = answer.get("message") if isinstance(answer, dict) else answer
             raise WeightSyncError(f"{self!r}: {message}")
+
+
+class RolloutsEngine(SGLangEngine):
+    """`rollouts serve`, which is asked as SGLang is, and has its own name in messages."""
 
 
 class VLLMEngine(RemoteEngine):

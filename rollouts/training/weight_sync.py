@@ -33,7 +33,7 @@ from rollouts.inference.protocol import InferenceEngine, UpdateMode
 from rollouts.inference.sampling_params import SamplingParams
 from rollouts.providers.errors import ProviderError
 from rollouts.providers.http import run_all
-from rollouts.training.remote_engines import RemoteEngine, SGLangEngine, VLLMEngine, WeightSyncError
+from rollouts.training.remote_engines import RemoteEngine, RolloutsEngine, SGLangEngine, VLLMEngine, WeightSyncError
 from rollouts.training.types import TrainFuture
 from rollouts.training.weight_digests import compare_digests, read_weights
 from rollouts.training.weight_push import named_tensors
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Reference",
+    "RolloutsEngine",
     "SGLangEngine",
     "SyncResult",
     "VLLMEngine",

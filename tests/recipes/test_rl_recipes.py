@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 import yaml
 
@@ -24,6 +26,8 @@ from rollouts.training import (
 )
 from rollouts.training.algorithms.advantages import AdvantageConfig
 from rollouts.training.algorithms.policy_losses import PolicyLossConfig
+from rollouts.training.remote_engines import RolloutsEngine
+from rollouts.training.rollout_gen import EngineGenerate
 from rollouts.training.weight_delivery import WeightDelivery
 
 MINIMAL: dict[str, Any] = {"model": "org/model", "data": {"train": "rows.jsonl"}, "reward": "gsm8k"}
@@ -63,13 +67,45 @@ def test_every_algorithm_is_one_line(tmp_path: Path) -> None:
 
 def test_servers_as_engines(tmp_path: Path, make_tiny_model: Any) -> None:
     backend = create_pytorch_backend(make_tiny_model())
-    for kind, engine in (("sglang", SGLangEngine), ("vllm", VLLMEngine), ("rollouts", SGLangEngine)):
+    for kind, engine in (("sglang", SGLangEngine), ("vllm", VLLMEngine), ("rollouts", RolloutsEngine)):
         for url in ("http://localhost:1234", ["http://localhost:1234", "http://other:5"]):
             recipe = load(tmp_path, engine={"kind": kind, "url": url})
             delivery = WeightDelivery(backend.model, tmp_path / "weights", recipe.engine.weights)
             built = build_servers(recipe, load_functions(recipe), backend, delivery).engines
             assert [type(server) for server in built] == [engine] * len(recipe.engine.url)
             assert [server.base_url for server in built] == recipe.engine.url
+            assert engine.__name__ in repr(built[0])
+
+
+def generate_when_told(samples: list[Sample], engine: Any) -> list[Sample]:
+    """As a user writes it who knows no async."""
+    assert engine == "the engine" and TOLD.wait(60)
+    return samples
+
+
+TOLD = threading.Event()
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_function_that_is_not_async_stops_nothing_else(tmp_path: Path, backend: str) -> None:
+    recipe = load(tmp_path, rollout={"generate": f"{__file__}:generate_when_told"})
+    functions = load_functions(recipe)
+    functions.generate.__globals__["TOLD"] = told = threading.Event()
+    generate: Any = EngineGenerate("the engine", None)  # type: ignore[arg-type]
+    generate_fn = build_rollouts(recipe, functions, generate).generate_fn
+    done: list[Sample] = []
+
+    async def main() -> None:
+        async def ask() -> None:
+            done.extend(await generate_fn([Sample(tokens=[1], loss_mask=[0])]))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask)
+            await anyio.wait_all_tasks_blocked()
+            told.set()
+
+    anyio.run(main, backend=backend)
+    assert len(done) == 1
 
 
 def test_what_the_recipe_says_comes_first(tmp_path: Path) -> None:
