@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import rollouts
 from rollouts.errors import RunError, UserError
+from rollouts.providers.errors import ProviderError
 
 # In the order in which a newcomer meets them; each is a module of rollouts.cli with add_parser() and run().
 VERBS = tuple("speedrun tokenizer pretrain sft dpo reward-model rl sft+rl data export serve chat".split())
@@ -131,10 +132,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         set_up_logging()
         return verb_module(args.verb).run(args)
+    except RunError as error:  # first, for a checkpoint that could not be written is a UserError too
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
-    except (RunError, FloatingPointError) as error:  # the latter: gradients that are no numbers
+    except (ProviderError, FloatingPointError) as error:  # a server that failed; gradients that are no numbers
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

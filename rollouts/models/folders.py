@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from rollouts.errors import UserError
+from rollouts.errors import RunError, UserError
 
 
 @contextmanager
@@ -21,8 +21,8 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     was. With ``overwrite`` a folder of that name is replaced; for the moment between two renames neither has the name.
 
     Raises:
-        UserError: ``folder`` is a file, or exists, is not empty, and ``overwrite`` is not set; or it cannot be made; or
-            the disk does not take the weights.
+        UserError: ``folder`` is a file, or exists, is not empty, and ``overwrite`` is not set; or it cannot be made.
+        RunError: the disk does not take the weights.
     """
     folder = Path(folder).expanduser().absolute()
     check_free(folder, overwrite=overwrite)
@@ -47,7 +47,7 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, SafetensorError):  # the disk's errors have this name when weights are written
-            raise UserError(f"{folder} could not be written: {error}; make room or mend the disk first") from error
+            raise RunError(f"{folder} could not be written: {error}; make room or mend the disk first") from error
         raise
 
 

@@ -34,7 +34,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from rollouts.errors import UserError
+from rollouts.errors import RunError, UserError
 from rollouts.failpoints import failpoint
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,10 @@ _REPLACED = ".replaced"
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written, read or trusted; the message names the file."""
+
+
+class UnwrittenCheckpointError(CheckpointError, RunError):
+    """The disk did not take a checkpoint; the run goes on from the one before when there is room."""
 
 
 @contextmanager
@@ -68,7 +72,7 @@ def checkpoint_transaction(root: str | Path, step: int, keep: int = 3) -> Iterat
             belong to a history that the run left when it went back.
 
     Raises:
-        CheckpointError: the disk is full or fails. Steps committed before are untouched.
+        UnwrittenCheckpointError: the disk is full or fails. Steps committed before are untouched.
     """
     if step < 0 or keep < 0:
         raise ValueError(f"step and keep must be 0 or more, got step={step}, keep={keep}")
@@ -87,7 +91,7 @@ def checkpoint_transaction(root: str | Path, step: int, keep: int = 3) -> Iterat
         _point_latest(final)
         _purge(root, step, keep)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
+        raise UnwrittenCheckpointError(
             f"checkpoint {final} could not be written: {error}; earlier checkpoints are untouched: "
             "make room or mend the disk and start the run again to resume"
         ) from error

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 import rollouts
 from rollouts.cli.main import VERBS, main, split_overrides
 from rollouts.errors import UserError
+from rollouts.providers.errors import BadRequestError, ProviderError
+from rollouts.training.checkpoints import CheckpointError, UnwrittenCheckpointError
 
 ROOT = Path(rollouts.__file__).parents[1]
 
@@ -121,6 +123,23 @@ def test_a_reader_that_leaves_a_pipe_is_no_error(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith(str(tmp_path / "rows.jsonl:1: "))
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ProviderError("sglang m at http://localhost:9/generate failed 5 times, at last: refused"), 1),
+        (BadRequestError("sglang at http://localhost:9 refuses (status 401): no key", 401), 2),
+        (UnwrittenCheckpointError("checkpoint step_000004 could not be written: No space left on device"), 1),
+        (CheckpointError("checkpoint step_000004 cannot be read"), 2),
+    ],
+)
+def test_what_fails_on_the_way_and_what_is_bad_input(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rollouts.cli.speedrun.run", lambda args: (_ for _ in ()).throw(error))
+    assert main(["speedrun"]) == code
+    assert capsys.readouterr().err == f"error: {error}\n"
 
 
 def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rollouts.errors import UserError
+from rollouts.errors import RunError, UserError
 from rollouts.models.export import export_checkpoint, export_model, stored_dtype
 from rollouts.models.folders import new_folder
 from rollouts.models.load import load_hf_model
@@ -105,7 +105,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(tiny_model_dir
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # of a file; the weights are larger
     try:
-        with pytest.raises(UserError, match=r"out could not be written: .*File too large.*; make room"):
+        with pytest.raises(RunError, match=r"out could not be written: .*File too large.*; make room"):
             export_checkpoint(tiny_model_dir, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from rollouts.training.checkpoints import CheckpointError
+from rollouts.training.checkpoints import CheckpointError, UnwrittenCheckpointError
 
 SHARDS = "shards"
 
@@ -27,7 +27,7 @@ def write_shards(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write this rank's part of ``tensors`` (sharded or plain) into ``folder/shards``; every rank calls it.
 
     Raises:
-        CheckpointError: on every rank, when the disk of any is full or fails.
+        UnwrittenCheckpointError: on every rank, when the disk of any is full or fails.
     """
     try:
         dcp.save(dict(tensors), checkpoint_id=folder / SHARDS, no_dist=not dist.is_initialized())
@@ -35,7 +35,7 @@ def write_shards(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         rank, cause = _first_failure(error)
         if not isinstance(cause, OSError):
             raise cause from error
-        raise CheckpointError(
+        raise UnwrittenCheckpointError(
             f"checkpoint {folder / SHARDS} could not be written by rank {rank}: {cause}; earlier checkpoints are "
             "untouched: make room or mend the disk and start the run again to resume"
         ) from error

@@ -206,7 +206,7 @@ def test_a_save_that_fails_fails_on_every_rank(fsdp_folder: Path, kind: str) -> 
     results = results_of("failed_save", fsdp_folder)
     for rank in range(2):
         name, message, steps = results[rank][kind]
-        assert name == "CheckpointError" and "a_file/step_000001 could not be written" in message
+        assert name == "UnwrittenCheckpointError" and "a_file/step_000001 could not be written" in message
         assert steps == 2  # and training goes on
 
 
