@@ -71,7 +71,10 @@ def as_request_error(error: Exception) -> RequestError:
         return error
     if isinstance(error, UserError):
         return RequestError(str(error))
-    logger.error("the engine failed", exc_info=error)
+    cause = error.__cause__ or error
+    if not getattr(cause, "is_logged", False):  # once, however many requests an engine that is gone fails
+        cause.is_logged = True  # type: ignore[attr-defined]
+        logger.error("the engine failed", exc_info=error)
     return RequestError("the engine has failed; restart the server", status=503, code="engine_unavailable")
 
 
@@ -90,7 +93,8 @@ async def unless_disconnected(request: Request, work: Callable[[], Awaitable[T]]
             result.append(await work())
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        raise _first(group) from None
+        error = _first(group)
+        raise error from error.__cause__  # not from the group
     if not result:
         raise RequestError("the client has gone", status=499)
     return result[0]

@@ -204,7 +204,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(server: Any, path: str, b
     assert checksum(server) == before
 
 
-def test_health_tells_of_a_dead_engine(own_server: Any) -> None:
+def test_health_tells_of_a_dead_engine(own_server: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert own_server.http.get("/health").status_code == 200
     state = own_server.http.get("/server_info").json()["models"][0]
     assert state["served_model_name"] == "tiny" and state["num_running_reqs"] == 0
@@ -220,3 +220,5 @@ def test_health_tells_of_a_dead_engine(own_server: Any) -> None:
     for stream in (False, True):
         response = own_server.post("/generate", input_ids=IDS, stream=stream)
         assert response.status_code == 503 or "engine" in response.text
+    told = [record for record in caplog.records if record.exc_info]
+    assert len(told) == 1 and "a fault in the engine's thread" in caplog.text  # once, not at every request
