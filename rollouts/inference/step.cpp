@@ -144,9 +144,15 @@ struct Inputs {
   int64_t num_words() const { return width / elements<W>; }
 };
 
-// Outputs [o, o + 16) of w [outputs, width] for all tokens, handed to `use(t, v)`; those beyond the last are arbitrary.
+struct Tokens {
+  int64_t first, end;
+};
+
+// Outputs [o, o + 16) of w [outputs, width] for some tokens, handed to `use(t, v)`; those beyond the last are arbitrary.
+// Where tokens are many the first is a multiple of 16.
 template <typename W, typename Use>
-inline void sixteen_outputs(const Inputs<W>& x, const W* weights, int64_t o, int64_t outputs, uint32_t* tail, Use use) {
+inline void sixteen_outputs(const Inputs<W>& x, Tokens of, const W* weights, int64_t o, int64_t outputs, uint32_t* tail,
+                            Use use) {
   const int64_t words = x.num_words();
   const uint32_t* w = (const uint32_t*)weights + o * words;
   if (o + 16 > outputs) {  // rows beyond the last would lie outside the matrix
@@ -164,14 +170,14 @@ inline void sixteen_outputs(const Inputs<W>& x, const W* weights, int64_t o, int
     return;
   }
   f16 y[16][4];
-  for (int64_t t0 = 0; t0 < x.tokens; t0 += 64) {
-    const int64_t blocks = (x.tokens - t0 + 15) / 16;
+  for (int64_t t0 = of.first; t0 < of.end; t0 += 64) {
+    const int64_t blocks = (of.end - t0 + 15) / 16;
     many_tokens<W>(blocks < 4 ? blocks : 4, (const u16*)x.words + t0 / 16 * words, w, words, y);
-    for (int64_t b = 0; b < 4 && t0 + b * 16 < x.tokens; b++) {
+    for (int64_t b = 0; b < 4 && t0 + b * 16 < of.end; b++) {
       f16 v[16];
       for (int i = 0; i < 16; i++) v[i] = y[i][b];
       transpose(v);
-      for (int64_t t = t0 + b * 16, i = 0; i < 16 && t < x.tokens; i++, t++) use(t, v[i]);
+      for (int64_t t = t0 + b * 16, i = 0; i < 16 && t < of.end; i++, t++) use(t, v[i]);
     }
   }
 }
@@ -218,10 +224,21 @@ inline void shared_out(const Team& team, int id, int64_t n, Use use) {
   for (int64_t i = n * id / team.size, end = n * (id + 1) / team.size; i < end; i++) use(i);
 }
 
-// The same, each piece to whoever is free.
+// The units, of sixteen outputs each, of a matrix product for all tokens: use(unit, tokens). A thread takes tokens of its own
+// from one product to the next, for what another core has written is far away: on machines of many parts it may cost
+// more than the product. Only where sixteen tokens are left for two threads do they share out the outputs.
 template <typename Use>
-inline void taken(int64_t* next, int64_t n, Use use) {
-  for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < n;) use(i);
+inline void share_product(const Team& team, int id, int64_t tokens, int64_t units, Use use) {
+  const int64_t blocks = tokens <= FEW ? 1 : (tokens + 15) / 16, n = blocks * units;
+  for (int64_t i = n * id / team.size, end = n * (id + 1) / team.size; i < end;) {
+    const int64_t block = i / units, first = i % units, left = end - i;
+    // Up to eight whole blocks at once: their inputs stay in the cache while the weights pass by.
+    const int64_t whole = first || left < units ? 0 : left / units < 8 ? left / units : 8;
+    const int64_t stop = whole || first + left > units ? units : first + left, after = (block + (whole ? whole : 1)) * 16;
+    const Tokens of{block * 16, after < tokens ? after : tokens};
+    for (int64_t unit = first; unit < stop; unit++) use(unit, of);
+    i += whole ? whole * units : stop - first;
+  }
 }
 
 // ---- norms, rotation, attention --------------------------------------------------------------------------------------
@@ -425,7 +442,6 @@ struct Places {
   float *x, *q, *kv;           // [T, C], [T, H*d], [T, 2*K*d]
   uint32_t* a;                 // [T, H*d] words at most, what attention gives
   uint32_t *h, *h2, *outputs;  // inputs of matrix products
-  int64_t* next;               // counters of the work that threads take: 12 a layer, 12 more
   Run* runs;                   // [T]
   float* last_x;               // [B, C], the outputs alone; likewise
   int64_t *last_positions, *last_rows;
@@ -442,7 +458,6 @@ struct Places {
     a = scratch.take<uint32_t>(T16 * Hd);
     h = scratch.take<uint32_t>(T16 * m.hidden), h2 = scratch.take<uint32_t>(T16 * wide);
     outputs = scratch.take<uint32_t>((B + 15) / 16 * 16 * m.hidden);
-    next = scratch.take<int64_t>((m.num_layers + 1) * 12);
     runs = scratch.take<Run>(T);
     last_x = scratch.take<float>(B * m.hidden), last_runs = scratch.take<Run>(B);
     last_positions = scratch.take<int64_t>(B), last_rows = scratch.take<int64_t>(B);
@@ -475,7 +490,6 @@ struct Step {
   void run() {
     Scratch scratch{memory};
     const Places places(m, T, B, max_pages, scratch, 0);
-    memset(places.next, 0, (m.num_layers + 1) * 12 * sizeof(int64_t));
     const int64_t G = m.heads / m.kv_heads, longest = G < TOGETHER ? TOGETHER / G : 1;
     int64_t num_runs = 0;
     for (int64_t t = 0; t < T; t++) {
@@ -517,16 +531,15 @@ struct Step {
       h = {few ? at.own.h : at.h, n, C}, attended = {few ? at.a : at.h2, n, H * d}, gated = {at.h2, n, I};
     };
     go_on_with(T, at.x);
-    int64_t* next = at.next;
 
-    auto each = [&](int64_t count, auto use) { few ? shared_out(team, id, count, use) : taken(next++, count, use); };
-    auto norm_all = [&](const Inputs<W>& out, int64_t* counter, uint64_t weight, auto where_is) {
+    auto product = [&](int64_t outputs, auto use) { share_product(team, id, n, outputs / 16, use); };
+    auto norm_all = [&](const Inputs<W>& out, uint64_t weight, auto where_is) {
       auto block = [&](int64_t b) {
         const int64_t end = b * 16 + 16 < out.tokens ? b * 16 + 16 : out.tokens;
         norm<W>(where_is, b * 16, end, (const W*)weight, eps, out);
       };
       if (out.few()) block(0);
-      else taken(counter, (out.tokens + 15) / 16, block);
+      else shared_out(team, id, (out.tokens + 15) / 16, block);
       return out.few() || team.meet(id);
     };
     auto token = [&](int64_t t) { return x + t * C; };
@@ -540,22 +553,21 @@ struct Step {
       const Layer& L = layers[l];
       const bool narrow = l + 1 == m.num_layers && B < T, apart = chunks || narrow;
       const Queries& queries = narrow ? last : all;
-      next = at.next + l * 12;
-      if (!norm_all(h, next++, L.input_norm, token)) return;
-      auto query = [&](int64_t o) {
-        sixteen_outputs(h, (const W*)L.q, o, H * d, at.own.tail,
+      if (!norm_all(h, L.input_norm, token)) return;
+      auto query = [&](int64_t o, Tokens of) {
+        sixteen_outputs(h, of, (const W*)L.q, o, H * d, at.own.tail,
                         [&](int64_t t, f16 v) { put(at.q + t * H * d + o, v + bias(L.q_bias, o)); });
       };
-      auto key_or_value = [&](int64_t o) {
+      auto key_or_value = [&](int64_t o, Tokens of) {
         const bool is_value = o >= K * d;
         const int64_t row = is_value ? o - K * d : o;
-        sixteen_outputs(h, (const W*)(is_value ? L.v : L.k), row, K * d, at.own.tail, [&](int64_t t, f16 v) {
+        sixteen_outputs(h, of, (const W*)(is_value ? L.v : L.k), row, K * d, at.own.tail, [&](int64_t t, f16 v) {
           put(at.kv + t * 2 * K * d + o, v + bias(is_value ? L.v_bias : L.k_bias, row));
         });
       };
-      each(((narrow ? 0 : H) + 2 * K) * d / 16, [&](int64_t unit) {
+      product(((narrow ? 0 : H) + 2 * K) * d, [&](int64_t unit, Tokens of) {
         const int64_t o = unit * 16 - (narrow ? 0 : H * d);
-        o < 0 ? query(o + H * d) : key_or_value(o);
+        o < 0 ? query(o + H * d, of) : key_or_value(o, of);
       });
       if (!team.meet(id)) return;
       if (apart) {
@@ -568,35 +580,31 @@ struct Step {
       }
       if (narrow) {
         go_on_with(B, at.last_x);
-        if (!norm_all(h, next++, L.input_norm, token)) return;
-        each(H * d / 16, [&](int64_t unit) { query(unit * 16); });
+        if (!norm_all(h, L.input_norm, token)) return;
+        product(H * d, [&](int64_t unit, Tokens of) { query(unit * 16, of); });
         if (!team.meet(id)) return;
       }
-      // A piece is a head, or where there are many runs all heads of one; heads of a page lie side by side.
-      const int64_t heads = queries.num_runs < 16 * team.size ? 1 : K;
-      each(queries.num_runs * K / heads, [&](int64_t piece) {
-        for (int64_t task = piece * heads; task < (piece + 1) * heads; task++) {
-          if (!apart) remember(at, L, queries.runs[task / K].first, task % K);
-          attend_run(at, L, queries, task / K, task % K);
-        }
+      shared_out(team, id, queries.num_runs * K, [&](int64_t piece) {
+        if (!apart) remember(at, L, queries.runs[piece / K].first, piece % K);
+        attend_run(at, L, queries, piece / K, piece % K);
       });
       if (!team.meet(id)) return;
       if (!few) {
-        taken(next++, (n + 15) / 16, [&](int64_t b) { pack_rows((const W*)at.a, b * 16, attended); });
+        shared_out(team, id, (n + 15) / 16, [&](int64_t b) { pack_rows((const W*)at.a, b * 16, attended); });
         if (!team.meet(id)) return;
       }
-      each(C / 16, [&](int64_t unit) {
-        sixteen_outputs(attended, (const W*)L.o, unit * 16, C, at.own.tail, [&](int64_t t, f16 v) {
+      product(C, [&](int64_t unit, Tokens of) {
+        sixteen_outputs(attended, of, (const W*)L.o, unit * 16, C, at.own.tail, [&](int64_t t, f16 v) {
           float* to = x + t * C + unit * 16;
           put(to, load(to) + (v + bias(L.o_bias, unit * 16)));
         });
       });
       if (!team.meet(id)) return;
-      if (!norm_all(h, next++, L.post_norm, token)) return;
-      each(I / 16, [&](int64_t unit) { gate(at, h, (const W*)L.gate, (const W*)L.up, unit * 16, gated); });
+      if (!norm_all(h, L.post_norm, token)) return;
+      product(I, [&](int64_t unit, Tokens of) { gate(at, h, of, (const W*)L.gate, (const W*)L.up, unit * 16, gated); });
       if (!team.meet(id)) return;
-      each(C / 16, [&](int64_t unit) {
-        sixteen_outputs(gated, (const W*)L.down, unit * 16, C, at.own.tail, [&](int64_t t, f16 v) {
+      product(C, [&](int64_t unit, Tokens of) {
+        sixteen_outputs(gated, of, (const W*)L.down, unit * 16, C, at.own.tail, [&](int64_t t, f16 v) {
           float* to = x + t * C + unit * 16;
           put(to, load(to) + v);
         });
@@ -605,19 +613,16 @@ struct Step {
     }
     if (B == 0) return;
     const Inputs<W> final{B <= FEW ? at.own.h : at.outputs, B, C};
-    next = at.next + m.num_layers * 12;
     auto output = [&](int64_t b) { return x + (B < T ? b : outputs[b]) * C; };
-    if (!norm_all(final, next++, m.final_norm, output)) return;
-    const int64_t V = m.vocab_size, units = (V + 15) / 16;
-    auto head = [&](int64_t unit) {
+    if (!norm_all(final, m.final_norm, output)) return;
+    const int64_t V = m.vocab_size;
+    share_product(team, id, B, (V + 15) / 16, [&](int64_t unit, Tokens of) {
       const int64_t o = unit * 16;
-      sixteen_outputs(final, (const W*)m.head, o, V, at.own.tail, [&](int64_t b, f16 v) {
+      sixteen_outputs(final, of, (const W*)m.head, o, V, at.own.tail, [&](int64_t b, f16 v) {
         if (o + 16 <= V) put(logits + b * V + o, v);
         else memcpy(logits + b * V + o, &v, (V - o) * sizeof(float));
       });
-    };
-    if (final.few()) shared_out(team, id, units, head);
-    else taken(next++, units, head);
+    });
   }
 
   // A token's key and value of one head go into the cache.
@@ -681,17 +686,18 @@ struct Step {
   }
 
   // Sixteen channels of silu(gate) * up.
-  void gate(const Places& at, const Inputs<W>& h, const W* gates, const W* ups, int64_t o, const Inputs<W>& out) const {
+  void gate(const Places& at, const Inputs<W>& h, Tokens of, const W* gates, const W* ups, int64_t o,
+            const Inputs<W>& out) const {
     if (h.few()) {
       f16 g[FEW];
-      sixteen_outputs(h, gates, o, m.intermediate, at.own.tail, [&](int64_t t, f16 v) { g[t] = silu(v); });
-      sixteen_outputs(h, ups, o, m.intermediate, at.own.tail, [&](int64_t t, f16 v) { put((W*)out.words + t * out.width + o, g[t] * v); });
+      sixteen_outputs(h, of, gates, o, m.intermediate, at.own.tail, [&](int64_t t, f16 v) { g[t] = silu(v); });
+      sixteen_outputs(h, of, ups, o, m.intermediate, at.own.tail, [&](int64_t t, f16 v) { put((W*)out.words + t * out.width + o, g[t] * v); });
       return;
     }
     const int64_t words = h.num_words();
     f16 g[16][4], u[16][4];
-    for (int64_t b0 = 0, blocks = (h.tokens + 15) / 16; b0 < blocks; b0 += 4) {
-      const int64_t n = blocks - b0 < 4 ? blocks - b0 : 4;
+    for (int64_t b0 = of.first / 16, end = (of.end + 15) / 16; b0 < end; b0 += 4) {
+      const int64_t n = end - b0 < 4 ? end - b0 : 4;
       const u16* x = (const u16*)h.words + b0 * words;
       many_tokens<W>(n, x, (const uint32_t*)gates + o * words, words, g);
       many_tokens<W>(n, x, (const uint32_t*)ups + o * words, words, u);
