@@ -21,6 +21,10 @@ _API_BASES = {
 _KEY_VARIABLES = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 
 
+class _Unset(int):
+    """A number that nobody has chosen."""
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """A model behind one of five interfaces.
@@ -32,7 +36,8 @@ class Endpoint:
         api_base: the server's address, with or without ``/v1``; None = the provider's usual one.
         api_key: None = the variable OPENAI_API_KEY or ANTHROPIC_API_KEY, where there is one. Never shown, and left out
             of ``to_dict`` unless asked for.
-        max_tokens: of one answer.
+        max_tokens: of one answer. Where nobody sets it, servers that speak OpenAI's chat API are not told any, and
+            tokens are sampled up to 8,192 or as many as the server has room for.
         temperature: of sampling.
         tool_choice: ``auto``, ``none``, ``required`` or a tool's name; None leaves it to the server.
         parallel_tool_calls: whether one answer may hold several calls; None leaves it to the server.
@@ -52,7 +57,7 @@ class Endpoint:
     model: str
     api_base: str | None = None
     api_key: str | None = field(default=None, repr=False)
-    max_tokens: int = 8192
+    max_tokens: int = _Unset(8192)
     temperature: float = 1.0
     tool_choice: str | None = None
     parallel_tool_calls: bool | None = None
@@ -77,6 +82,11 @@ class Endpoint:
         return hash((self.provider, self.model, self.api_base))
 
     @property
+    def sets_max_tokens(self) -> bool:
+        """Whether somebody has chosen ``max_tokens``: it is then sent as it is."""
+        return not isinstance(self.max_tokens, _Unset)
+
+    @property
     def url(self) -> str:
         """The server's address without a trailing ``/v1``."""
         base = self.api_base or _API_BASES.get(self.provider, "")
@@ -92,6 +102,8 @@ class Endpoint:
         """A JSON-ready dictionary of what differs from the defaults; without the key, so that it can be saved."""
         given = asdict(self)
         kept = {f.name: given[f.name] for f in fields(self) if given[f.name] != f.default}
+        if self.sets_max_tokens:
+            kept["max_tokens"] = self.max_tokens
         if not with_api_key:
             kept.pop("api_key", None)
         return kept

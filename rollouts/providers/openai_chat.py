@@ -74,10 +74,10 @@ def body(
         "messages": [message_body(message) for message in messages],
         "temperature": endpoint.temperature,
     }
-    if endpoint.max_completion_tokens is None:
-        request["max_tokens"] = endpoint.max_tokens
-    else:
+    if endpoint.max_completion_tokens is not None:
         request["max_completion_tokens"] = endpoint.max_completion_tokens
+    elif endpoint.sets_max_tokens:
+        request["max_tokens"] = endpoint.max_tokens
     if tools:
         request["tools"] = [
             {

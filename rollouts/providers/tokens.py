@@ -37,13 +37,13 @@ async def sample_tokens(
     Log-probs that a server cannot tell (``log_probs.normalize``) are NaN.
 
     Args:
-        params: None = the endpoint's temperature and ``max_tokens``.
+        params: None = the endpoint's temperature and ``max_tokens``, less if nobody set it and there is no room.
 
     Raises:
         UserError: a parameter is out of range or refused (then a BadRequestError).
         ProviderError: the server failed, and so did every retry.
     """
-    params = params or SamplingParams(max_tokens=endpoint.max_tokens, temperature=endpoint.temperature)
+    params = params or await _default_params(endpoint, len(prompt_ids))
     if endpoint.provider == "embedded":
         return await find_engine(endpoint.model).engine.generate_group(prompt_ids, params)
     if isinstance(params.seed, tuple):
@@ -78,7 +78,7 @@ async def stream_tokens(
 
     Raises as ``sample_tokens`` does. A stream that breaks off is asked for again only if nothing of it was handed on.
     """
-    params = params or SamplingParams(max_tokens=endpoint.max_tokens, temperature=endpoint.temperature)
+    params = params or await _default_params(endpoint, len(prompt_ids))
     if endpoint.provider == "embedded":
         async with aclosing(find_engine(endpoint.model).engine.stream(prompt_ids, params)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
@@ -93,6 +93,17 @@ async def stream_tokens(
                 for chunk in samples.add(piece):
                     yield chunk
     samples.completions()
+
+
+async def _default_params(endpoint: Endpoint, num_prompt: int) -> SamplingParams:
+    """The endpoint's own. A ``max_tokens`` that nobody has set gives way to the room that the server says it has."""
+    max_tokens = int(endpoint.max_tokens)
+    if endpoint.provider in dialects.PATHS and not endpoint.sets_max_tokens:
+        models = (await request_json(endpoint, "GET", "/v1/models") or {}).get("data") or [{}]
+        model = next((m for m in models if m.get("id") == endpoint.model), models[0])
+        if isinstance(length := model.get("max_model_len"), int):
+            max_tokens = max(min(max_tokens, length - num_prompt), 1)
+    return SamplingParams(max_tokens=max_tokens, temperature=endpoint.temperature)
 
 
 async def log_prob_mode(endpoint: Endpoint) -> LogProbMode:

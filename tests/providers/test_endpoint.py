@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,9 @@ def test_json_round_trip() -> None:
     assert Endpoint.from_json(endpoint.to_json()) == endpoint
     assert json.loads(Endpoint("vllm", "m").to_json()) == {"provider": "vllm", "model": "m"}
     assert endpoint.url == "https://example.com"
+    for set_by_somebody in (Endpoint("vllm", "m", max_tokens=8192), Endpoint("vllm", "m")):
+        again = Endpoint.from_json(replace(set_by_somebody, temperature=0.5).to_json())
+        assert again.max_tokens == 8192 and again.sets_max_tokens == set_by_somebody.sets_max_tokens
     assert len({endpoint, Endpoint.from_json(endpoint.to_json())}) == 1
 
 

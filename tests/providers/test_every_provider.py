@@ -103,6 +103,21 @@ def assert_same(one: Completion, other: Completion) -> None:
     assert one.log_probs == pytest.approx(other.log_probs, abs=1e-4, nan_ok=True)
 
 
+async def test_a_limit_that_nobody_set_gives_way_to_the_room(endpoint: Endpoint) -> None:
+    unset = Endpoint(endpoint.provider, endpoint.model, endpoint.api_base)
+    prompt = (PROMPT * 60)[:1004]
+    (sample,) = await sample_tokens(unset, prompt)
+    assert 0 < len(sample.token_ids) <= 2048 - len(prompt)  # ours have room for 1,024 in all
+    assert (await chat(unset, MESSAGES)).usage.completion_tokens > 0
+    if endpoint.provider != "embedded":  # which takes what there is room for
+        for ask in (
+            sample_tokens(replace(unset, max_tokens=8192), prompt),
+            chat(replace(unset, max_tokens=8192), MESSAGES),
+        ):
+            with pytest.raises(UserError):
+                await ask
+
+
 async def test_log_probs_mean_the_same(endpoint: Endpoint, model: PreTrainedModel) -> None:
     """At the sampling temperature and at 1; what a server cannot tell is NaN, never another distribution's."""
     mode = await connect(endpoint, tempered=False)
