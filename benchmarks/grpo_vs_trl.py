@@ -142,11 +142,12 @@ def train_by_grpo(
         run_rl_training,
     )
 
-    async def reward_fn(sample: Sample) -> float:
+    def reward_fn(sample: Sample) -> float:
         ids = sample.tokens[PROMPT_TOKENS:]
         assert len(ids) == new_tokens
         return reward(list(ids))
 
+    reward_fn.isolation = "inline"  # type: ignore[attr-defined]  # as TRL calls its own
     vocab_size = backend.model.config.vocab_size
     tokenizer = word_tokenizer(vocab_size)
     texts = [" ".join(f"w{t}" for t in p) for p in prompts(vocab_size, num_prompts * (num_steps + 1))]

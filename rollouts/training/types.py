@@ -75,7 +75,10 @@ class Sample:
     @property
     def num_loss_tokens(self) -> int:
         """Tokens that carry loss: masked in, and not the first (nothing predicts a first token)."""
-        return sum(1 for m in self.loss_mask[1:] if m)
+        mask: Any = self.loss_mask[1:]
+        if hasattr(mask, "tolist"):  # an array
+            mask = mask.tolist()
+        return len(mask) - mask.count(0)
 
     @property
     def input_ids(self) -> torch.Tensor:

@@ -73,6 +73,8 @@ def test_lengths_must_agree(field: str) -> None:
 def test_the_first_token_carries_no_loss() -> None:
     assert Sample(tokens=[5, 6, 7], loss_mask=[1, 0, 1]).num_loss_tokens == 1
     assert Sample(tokens=[5], loss_mask=[1]).num_loss_tokens == 0
+    for kind in (list, tuple, np.array, lambda mask: np.array(mask) != 0):
+        assert Sample(tokens=[5, 6, 7, 8], loss_mask=kind([0.5, 0.0, 0.5, 1.0])).num_loss_tokens == 2
 
 
 def test_labels_are_the_tokens() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,6 +24,20 @@ Columns = Mapping[str, Sequence[np.ndarray]]
 def learned_positions(sample: Sample) -> np.ndarray:
     """Indices [n_i] int64 of the tokens that carry loss; never the first, which nothing predicts."""
     return np.flatnonzero(np.asarray(sample.loss_mask, dtype=np.float32)[1:]) + 1
+
+
+def as_arrays(sample: Sample) -> Sample:
+    """The sample with an array for each list of its tokens, so that a step converts every list once.
+
+    Nobody else sees it: rewards, logs and checkpoints have lists.
+    """
+    known = sample.rollout_log_probs
+    return replace(
+        sample,
+        tokens=np.asarray(sample.tokens, np.int64),  # type: ignore[arg-type]
+        loss_mask=np.asarray(sample.loss_mask, np.float32),  # type: ignore[arg-type]
+        rollout_log_probs=None if known is None else np.asarray(known, np.float32),  # type: ignore[arg-type]
+    )
 
 
 def is_learnable(sample: Sample) -> bool:

@@ -65,9 +65,10 @@ def describe_rollouts(batch: RolloutBatch, version: int) -> dict[str, float]:
     metrics |= _means_by("reward", parts)
     tasks = ((str(s.metadata["task"]), s.reward) for s in judged if "task" in s.metadata)
     metrics |= _means_by("reward_task", tasks)
-    stale = [version - w.version for s in judged for w in s.weight_versions for _ in range(w.end - w.start)]
-    if stale:
-        metrics |= {"staleness_mean": float(np.mean(stale)), "staleness_max": max(stale)}
+    spans = [(version - w.version, w.end - w.start) for s in judged for w in s.weight_versions if w.end > w.start]
+    if spans:
+        ages, tokens = zip(*spans)
+        metrics |= {"staleness_mean": float(np.average(ages, weights=tokens)), "staleness_max": max(ages)}
     for what in ("dropped", "requeued", "faults"):
         counts: Mapping[str, int] = batch.metadata.get(what, {})
         metrics |= {f"{what}/{reason}": count for reason, count in counts.items()}

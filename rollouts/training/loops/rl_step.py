@@ -23,6 +23,7 @@ from rollouts.training.algorithms.policy_losses import PolicyLossConfig, step_fi
 from rollouts.training.backends.protocol import Batch
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.loops.rl_batches import (
+    as_arrays,
     collate_rl_step,
     draw_mini_batches,
     is_learnable,
@@ -95,6 +96,7 @@ async def learn_from_rollouts(
     """
     if not samples:
         return {"optimizer_steps": 0}
+    given, samples = samples, [as_arrays(sample) for sample in samples]
     _require_known_log_probs(samples)
     columns: dict[str, Sequence[np.ndarray]] = {}
     metrics: dict[str, float] = {}
@@ -120,6 +122,8 @@ async def learn_from_rollouts(
 
     estimated = estimate_advantages(samples, columns, config)
     set_advantages(samples, _split(estimated.advantages.numpy(), samples))
+    for sample, arrays in zip(given, samples, strict=True):
+        sample.advantages = arrays.advantages
     if estimated.returns is not None:
         columns["returns"] = _split(estimated.returns.numpy(), samples)
 

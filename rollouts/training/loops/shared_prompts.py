@@ -26,12 +26,12 @@ def shared_prompt_length(samples: Sequence[Sample]) -> int:
     """Leading tokens that all samples have in common and that predict no learned token; 0 for a sample alone."""
     if len(samples) < 2:
         return 0
-    first = np.asarray(samples[0].tokens)
-    common = min(len(first), *(_first_learned(s) - 1 for s in samples))
-    for sample in samples[1:]:
-        differ = np.flatnonzero(first[:common] != np.asarray(sample.tokens[:common]))
-        common = int(differ[0]) if len(differ) else common
-    return max(common, 0)
+    most = min(_first_learned(s) - 1 for s in samples)
+    if most < 1:
+        return 0
+    leading = np.stack([np.asarray(s.tokens[:most]) for s in samples])
+    differ = np.flatnonzero((leading != leading[0]).any(axis=0))
+    return int(differ[0]) if len(differ) else most
 
 
 def plan_shared_micro_batches(samples: Sequence[Sample], max_tokens: int, world_size: int = 1) -> list[list[list[int]]]:

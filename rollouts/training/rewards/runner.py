@@ -131,6 +131,9 @@ class RewardRunner:
         self._isolations = [isolation_of(r.function) if isolation == "auto" else isolation for r in self.rewards]
         in_processes = [r.function for r, where in zip(self.rewards, self._isolations) if where == "process"]
         self._pool = ProcessPool(in_processes) if in_processes else None
+        self._immediate = all(
+            where == "inline" and not _is_async(r.function) for r, where in zip(self.rewards, self._isolations)
+        )
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._limits = (max_concurrent or _AT_ONCE, max_concurrent or cores)
         self._faults: Counter[str] = Counter()
@@ -188,8 +191,10 @@ class RewardRunner:
         async with anyio.create_task_group() as tasks:
             for i, sample in enumerate(samples):
                 if sample.status in (SampleStatus.COMPLETED, SampleStatus.TRUNCATED):
-                    outcomes[i] = unfinished
-                    tasks.start_soon(score_one, i)
+                    judged = self._score_now(sample) if self._immediate else None
+                    outcomes[i] = judged or unfinished
+                    if judged is None:
+                        tasks.start_soon(score_one, i)
         if unusable:
             raise unusable[0]
         for i, outcome in outcomes.items():
@@ -202,6 +207,25 @@ class RewardRunner:
         report.scored = len(outcomes) - report.failed
         report.skipped = len(samples) - len(outcomes)
         return report
+
+    def _score_now(self, sample: Sample) -> list[Reward] | _Fault | None:
+        """Where every reward is a cheap function that waits for nothing, a sample needs no task of its own."""
+        values: list[Reward] = []
+        for number, reward in enumerate(self.rewards):
+            try:
+                value = reward.function(sample)
+                if isinstance(value, Awaitable):  # asynchronous, though it did not look so
+                    getattr(value, "close", bool)()
+                    self._immediate = False
+                    return None
+                values.append(checked(value))
+            except NotAReward as e:
+                return self._fault(number, RewardFault.NOT_A_NUMBER, f"gave {e}")
+            except KeyboardInterrupt:
+                raise
+            except BaseException as e:
+                return self._fault(number, _kind(e), describe(e))
+        return values
 
     async def _reward(self, number: int, sample: Sample) -> Reward:
         """What reward ``number`` says of a sample. Raises _Fault."""
@@ -302,11 +326,15 @@ def isolation_of(function: Callable[..., Any]) -> str:
     inner = unwrapped(function)
     if (wanted := getattr(inner, "isolation", None)) in ISOLATIONS[1:]:
         return wanted
-    asynchronous = inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
     try:
-        return "inline" if asynchronous or inner in CHEAP else "process"
+        return "inline" if _is_async(function) or inner in CHEAP else "process"
     except TypeError:  # a callable that cannot be hashed is none of ours
         return "process"
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    inner = unwrapped(function)
+    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
 
 
 def _kind(error: BaseException) -> RewardFault:

@@ -274,6 +274,20 @@ def test_faults_in_this_process(isolation: str) -> None:
     assert report.faults == {"exited": 1, "raised": 1, "not_a_number": 2}
 
 
+def test_a_function_that_gives_something_to_wait_for_is_waited_for() -> None:
+    met: list[str] = []
+
+    async def judge(sample: Sample) -> float:
+        met.append(sample.metadata["does"])
+        while len(met) < 2:  # side by side, or never
+            await anyio.sleep(0.001)
+        return 0.5
+
+    samples = [sample("one"), sample("two")]
+    report = score(samples, lambda s: judge(s), isolation="inline")
+    assert [s.reward for s in samples] == [0.5, 0.5] and report.scored == 2
+
+
 def test_a_thread_that_hangs_stops_neither_the_run_nor_the_exit(tmp_path: Path) -> None:
     script = tmp_path / "driver.py"
     script.write_text(
