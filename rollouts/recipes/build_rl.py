@@ -118,8 +118,12 @@ class RLRun:
                 await self.delivery.choose(servers)
         except ProviderError as error:
             raise UserError(f"engine.url: {error}") from error
-        async with self.engines:
-            yield
+        try:
+            async with self.engines:
+                yield
+        finally:
+            for server in servers:
+                await server.aclose()
 
     def close(self) -> None:
         for engine in self.engines if isinstance(self.engines, list) else ():

@@ -124,6 +124,14 @@ class RemoteEngine(ABC):
             await self._end_push(0)
         await self.continue_generation()
 
+    async def aclose(self) -> None:
+        """Leave the group in which weights are pushed, at both ends; the next push would meet in a new one."""
+        if self._group is not None:
+            name = self._group.name
+            self._leave_group()
+            with anyio.move_on_after(HEALTH_SECONDS, shield=True), suppress(ProviderError, UserError):
+                await self._dismiss(name)
+
     async def reconnect(self) -> None:
         """Wait until a server that failed answers again at its address, as if it had been started anew.
 
@@ -313,6 +321,10 @@ class RemoteEngine(ABC):
     async def _invite(self, group: WeightGroup) -> None: ...
 
     @abstractmethod
+    async def _dismiss(self, group: str) -> None:
+        """Have the server leave a group."""
+
+    @abstractmethod
     async def _begin_push(self) -> None: ...
 
     @abstractmethod
@@ -417,6 +429,9 @@ class SGLangEngine(RemoteEngine):
                 max_retries=0,
             )
         )
+
+    async def _dismiss(self, group: str) -> None:
+        await self._post("/destroy_weights_update_group", {"group_name": group})
 
     async def _begin_push(self) -> None:
         try:
@@ -562,6 +577,9 @@ class VLLMEngine(RemoteEngine):
             "timeout": group.timeout,
         }
         await self._post("/init_weight_transfer_engine", {"init_info": info}, max_retries=0)
+
+    async def _dismiss(self, group: str) -> None:
+        """It leaves when it is invited to the next."""
 
     async def _begin_push(self) -> None:
         try:

@@ -366,6 +366,12 @@ async def test_a_push_that_fails_leaves_its_group(servers: list[Running], models
     await assert_serves(engine, models["c"])
     await engine.reconnect()
     assert len(groups) == before
+    await engine.update_weights(models["b"], 43)
+    at_the_server = servers[0].served.updates.groups._groups
+    assert engine._group.name in at_the_server
+    name = engine._group.name
+    await engine.aclose()
+    assert len(groups) == before and name not in at_the_server
 
 
 class LosesAnAnswer(SGLangEngine):
