@@ -91,12 +91,7 @@ def _load_any_model(
     tokenizer = load_tokenizer(folder if has_tokenizer(folder) else base_folder(folder))
     # An adapter trained on this model names it by this: the hub's name, not the place of a download on this machine.
     model.name_or_path = str(folder.resolve()) if Path(model_name).expanduser().is_dir() else str(model_name)
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the model's embedding has only {rows} rows; "
-            "they do not belong together"
-        )
+    check_vocabulary(model, tokenizer, folder)
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None and config.pad_token_id is None:
             config.pad_token_id = tokenizer.pad_token_id
@@ -129,6 +124,16 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             raise UserError(f"the tokenizer in {folder} has no EOS token; set eos_token in its tokenizer_config.json")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Raise UserError when the tokenizer, that of ``folder``, has tokens that the model has no embedding for."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the model's embedding has only {rows} rows; "
+            "they do not belong together"
+        )
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

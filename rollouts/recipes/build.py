@@ -32,6 +32,7 @@ def build_model(recipe: TrainingRecipe, device: torch.device) -> tuple[PreTraine
         UserError: see ``load_hf_model`` and ``ModelConfig``.
     """
     from rollouts import models
+    from rollouts.models.load import check_vocabulary
 
     section = recipe.model
     if section.init is not None:
@@ -47,6 +48,7 @@ def build_model(recipe: TrainingRecipe, device: torch.device) -> tuple[PreTraine
             model, tokenizer = models.load_hf_model(section.path, device="cpu", dtype="float32")
         if section.tokenizer is not None:
             tokenizer = models.load_tokenizer(section.tokenizer)
+            check_vocabulary(model, tokenizer, section.tokenizer)
     if section.lora is not None:
         targets = section.lora.target_modules
         lora = section.lora.model_dump() | {

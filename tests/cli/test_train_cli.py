@@ -17,6 +17,8 @@ import yaml
 
 import rollouts
 from rollouts.cli.main import main
+from rollouts.models.load import load_tokenizer
+from rollouts.models.tokenizer import save_tokenizer
 
 ROOT = Path(rollouts.__file__).parents[1]
 NUM_ROWS = 24
@@ -264,6 +266,13 @@ def folder_without_tokenizer(tmp_path: Path, tiny_model_dir: Path) -> dict[str, 
     return {"model": {"path": "./bare"}}
 
 
+def tokenizer_of_a_larger_model(tmp_path: Path, tiny_model_dir: Path) -> dict[str, Any]:
+    tokenizer = load_tokenizer(tiny_model_dir)
+    tokenizer.add_tokens(["<one>", "<more>"])
+    save_tokenizer(tokenizer, tmp_path / "larger")
+    return {"model": {"path": str(tiny_model_dir), "tokenizer": "./larger"}}
+
+
 def template_without_an_assistant_turn(tmp_path: Path, tiny_model_dir: Path) -> dict[str, Any]:
     folder = tmp_path / "mute"
     shutil.copytree(tiny_model_dir, folder)
@@ -325,6 +334,7 @@ def shape_that_does_not_fit(tmp_path: Path, tiny_model_dir: Path) -> dict[str, A
         (folder_in_a_file, ["file/run cannot be made"]),
         (betas_that_are_none, ["optimizer.betas.0 is 2", "less than 1"]),
         (folder_without_tokenizer, ["bare", "no tokenizer"]),
+        (tokenizer_of_a_larger_model, ["larger has 514 tokens", "512 rows"]),
         (template_without_an_assistant_turn, ["chat template", "assistant"]),
         (conversation_without_an_assistant_turn, ["ask.jsonl:1: ", "assistant"]),
         (unknown_key, ["recipe.yaml: train.bach_size is not a known key; did you mean train.batch_size?"]),
