@@ -38,8 +38,8 @@ def make_reward_model(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     scorer.config = config  # the body's, so that what is set on one holds for both
     width = scorer.score.weight.shape[1]
     scorer.score = torch.nn.Linear(width, 1, bias=False, dtype=model.dtype)
-    weight = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
-    scorer.score.weight.data.copy_(weight)
+    drawn = torch.randn(1, width, dtype=torch.float32, generator=torch.Generator().manual_seed(seed))
+    scorer.score.weight.data.copy_(drawn / (width + 1) ** 0.5)
     scorer.name_or_path = model.name_or_path
     return scorer.to(model.device).eval()
 

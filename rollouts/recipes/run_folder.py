@@ -40,6 +40,7 @@ FREE_KEYS = (
     "engine",
     "base.log_every",
     "sft.log_every",
+    "rl.log_every",
 )
 
 
