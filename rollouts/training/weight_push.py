@@ -13,6 +13,7 @@ Each engine has a group of its own, so that one that dies takes nobody with it; 
 
 from __future__ import annotations
 
+import atexit
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -67,6 +68,7 @@ class WeightGroup:
         self._changing = threading.Lock()
         self._group: dist.ProcessGroup | None = None
         self._closed = False
+        atexit.register(self.close)  # gloo's threads, left alone, now and then abort a process that ends
 
     def join(self) -> None:
         """Meet the engine's processes; blocks. Raises RuntimeError when they do not come."""
@@ -86,6 +88,7 @@ class WeightGroup:
 
         A thread that is in ``join`` or ``send`` stays there until the others answer or its time is up.
         """
+        atexit.unregister(self.close)
         with self._changing:
             self._closed = True
             if self._group is not None:
