@@ -41,7 +41,7 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 def _compute(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None, total: torch.Tensor | None) -> bool:
     """By products.cpp, into ``out`` or onto ``total``. False: not here, and nothing was written."""
-    library = _library()
+    library = compiled_products()
     (m, k), n = a.shape, b.shape[1]
     left, right = _matrix(a), _matrix(b)
     if library is None or left is None or right is None or min(m, k) < 16 or n % 16 or n == 0:
@@ -63,7 +63,8 @@ def _matrix(x: torch.Tensor) -> _Matrix | None:
 
 
 @functools.cache
-def _library() -> Any:
+def compiled_products() -> Any:
+    """The functions of products.cpp; None where there is no compiler, or torch's own products are as fast or faster."""
     if torch.cpu._is_amx_tile_supported() or not torch.cpu._is_avx512_bf16_supported():
         return None
     library = native_library(Path(__file__).with_suffix(".cpp"))
@@ -136,7 +137,7 @@ PLAIN_LINEARS = (nn.Linear, BFloat16Linear)
 
 def use_fast_products(model: nn.Module) -> None:
     """Turn the linear layers of ``model`` into ``BFloat16Linear`` where that is faster; weights stay what they are."""
-    if _library() is None:
+    if compiled_products() is None:
         return
     for module in model.modules():
         if type(module) is nn.Linear:

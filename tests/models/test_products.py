@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from rollouts.models import products
-from rollouts.models.products import BFloat16Linear, add_product, product, use_fast_products
+from rollouts.models.products import BFloat16Linear, add_product, compiled_products, product, use_fast_products
 
-needs_compiled = pytest.mark.skipif(products._library() is None, reason="needs avx512_bf16, no AMX and a compiler")
+needs_compiled = pytest.mark.skipif(compiled_products() is None, reason="needs avx512_bf16, no AMX and a compiler")
 
 
 def matrix(rows: int, columns: int, transposed: bool, gap: int = 0) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 from rollouts.errors import UserError
 from rollouts.failpoints import failpoint
 from rollouts.models.export import write_model
+from rollouts.models.gated_mlp import use_gated_products
 from rollouts.models.load import cast_parameters
 from rollouts.models.products import use_fast_products
 from rollouts.training.backends.loss_model import LossModel
@@ -110,6 +111,7 @@ class PyTorchTrainingBackend:
 
         self._loss_model = LossModel(model)
         use_fast_products(model)
+        use_gated_products(model)
         if activation_checkpointing:
             _checkpoint_activations(model)
         if compile:
