@@ -121,7 +121,8 @@ def run_rollouts(workload: Workload, clock: StepClock, precision: str, *options:
         optimizer=OptimizerConfig(lr=1e-5),
         compile="compile" in options,
     )
-    train_by_grpo(backend, clock.total, Clock(), max_tokens_per_micro_batch=4608)
+    # Two halves: half the groups, each its prompt once and eight replies with the token before them, are 4,664 tokens.
+    train_by_grpo(backend, clock.total, Clock(), max_tokens_per_micro_batch=4672)
 
 
 def train_by_grpo(
