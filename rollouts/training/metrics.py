@@ -7,7 +7,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -188,6 +189,16 @@ class ConsoleLogger:
     def close(self) -> None:
         if self._progress is not None:
             self._progress.close()
+
+
+@contextmanager
+def logging_to(logger: MetricsLogger | None, total: int, every: int, title: str) -> Iterator[MetricsLogger]:
+    """The caller's logger, which stays open; or where there is none one for the console, as long as the block lasts."""
+    if logger is not None:
+        yield logger
+        return
+    with closing(ConsoleLogger(total, every, title)) as own:
+        yield own
 
 
 def require_extra(name: str) -> None:

@@ -27,7 +27,7 @@ from rollouts.training.checkpoints import require_same
 from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.hardware import matmul_peak, peak_memory_mb
 from rollouts.training.loops.batches import collate_batch, collate_step, prepare_sft_batch
-from rollouts.training.metrics import ConsoleLogger, MetricsLogger
+from rollouts.training.metrics import MetricsLogger, logging_to
 from rollouts.training.types import Sample, SFTTrainingConfig
 
 log = logging.getLogger(__name__)
@@ -115,38 +115,39 @@ async def run_gradient_steps(
         if step >= config.num_steps or stopper.should_stop:
             return [metrics]
 
-    logger = metrics_logger or ConsoleLogger(config.num_steps, config.log_every, title=title)
     meter = Meter(backend)
     history = []
-    while step < config.num_steps and not stopper.should_stop:
-        await anyio.lowlevel.checkpoint()  # lets Ctrl-C and other tasks in: the backend's futures are complete already
-        meter.start()
-        indices = cursor.get_prompts(config.batch_size)
-        learned = await backend.forward_backward(collate(items, indices))
-        updated = await backend.optim_step()
-        step += 1
-        metrics = {"step": step, "epoch": cursor.epoch_id, **learned, **_without_step(updated)}
-        metrics |= meter.stop(num_samples=len(indices), num_tokens=int(lengths[indices].sum()))
+    with logging_to(metrics_logger, config.num_steps, config.log_every, title) as logger:
+        while step < config.num_steps and not stopper.should_stop:
+            # Lets Ctrl-C and other tasks in: the backend's futures are complete already.
+            await anyio.lowlevel.checkpoint()
+            meter.start()
+            indices = cursor.get_prompts(config.batch_size)
+            learned = await backend.forward_backward(collate(items, indices))
+            updated = await backend.optim_step()
+            step += 1
+            metrics = {"step": step, "epoch": cursor.epoch_id, **learned, **_without_step(updated)}
+            metrics |= meter.stop(num_samples=len(indices), num_tokens=int(lengths[indices].sum()))
 
-        last = step == config.num_steps
-        if validation is not None and (last or _is_due(step, config.eval_every)):
-            measured = await backend.evaluate(collate(validation, range(len(validation))))
-            metrics |= {f"val_{name}": value for name, value in measured.items() if name != "num_tokens"}
-            stopper.update(metrics["val_loss"])
-            last = last or stopper.should_stop
-        history.append(metrics)
-        if backend.rank == 0:
-            logger.log(step, metrics)
+            last = step == config.num_steps
+            if validation is not None and (last or _is_due(step, config.eval_every)):
+                measured = await backend.evaluate(collate(validation, range(len(validation))))
+                metrics |= {f"val_{name}": value for name, value in measured.items() if name != "num_tokens"}
+                stopper.update(metrics["val_loss"])
+                last = last or stopper.should_stop
+            history.append(metrics)
+            if backend.rank == 0:
+                logger.log(step, metrics)
 
-        if backend.checkpoint_dir is not None and (last or _is_due(step, config.checkpoint_every)):
-            state = {
-                "step": step,
-                "metrics": metrics,
-                "settings": settings,
-                "cursor": cursor.state_dict(),
-                "early_stopping": vars(stopper),
-            }
-            await backend.save_checkpoint(step, metrics, state)
+            if backend.checkpoint_dir is not None and (last or _is_due(step, config.checkpoint_every)):
+                state = {
+                    "step": step,
+                    "metrics": metrics,
+                    "settings": settings,
+                    "cursor": cursor.state_dict(),
+                    "early_stopping": vars(stopper),
+                }
+                await backend.save_checkpoint(step, metrics, state)
     return history
 
 
