@@ -22,13 +22,14 @@ from rollouts.errors import UserError
 from rollouts.inference.completion import CompletionChunk, StopReason
 from rollouts.inference.grammars import TokenMasks, unpack_bits
 from rollouts.inference.kv_cache import KVCache
-from rollouts.inference.model_runner import Forward
+from rollouts.inference.model_runner import Forward, NativeForward
 from rollouts.inference.native import native_library, release_threads
+from rollouts.inference.native_decode import NativeDecode
 from rollouts.inference.protocol import UpdateMode
 from rollouts.inference.random_numbers import uniforms
 from rollouts.inference.sampler import BatchParams, Sampled, history_of, sample
 from rollouts.inference.scheduler import Plan, Scheduler
-from rollouts.inference.sequences import LiveSample, PromptScores, Request, Rows
+from rollouts.inference.sequences import BROKEN, FULL, STOPPED, LiveSample, PromptScores, Request, Rows
 from rollouts.inference.step_inputs import make_step
 from rollouts.inference.wake import Wake
 from rollouts.inference.weights import copy_weights
@@ -66,6 +67,7 @@ class EngineThread:
         self._device = cache.keys[0].device
         self._step_device = torch.device("cpu") if forward.on_host else self._device
         self._library = native_library() if native and self._device.type == "cpu" else None
+        self._native_decode = NativeDecode(forward, rows, cache) if isinstance(forward, NativeForward) else None
         self._batch_of = b""  # the rows that the next two speak of
         self._batch_params: BatchParams = None  # type: ignore[assignment]
         self._token_masks: TokenMasks | None = None
@@ -226,6 +228,14 @@ class EngineThread:
         plan = self.scheduler.plan(admit_new=not self.updates)
         if plan is None:
             return
+        self._look_up_params(plan.sampling)
+        if self._native_decode is not None and not plan.chunks and self._batch_params.plain:
+            flags = self._native_decode(plan.decoding)
+            self.scheduler.num_sampled += len(plan.decoding)
+            if flags is not None:
+                self._look_at(plan.decoding, flags)
+            self._tell_streams()
+            return
         step = make_step(plan, self._rows, self._cache, self._step_device, self._forward.needs_reads)
         logits = self._forward(step, self._cache)
         count = len(plan.sampling)
@@ -236,13 +246,15 @@ class EngineThread:
         if sampled is not None:
             self._append(plan, keep, sampled)
 
-    def _sample(self, rows: np.ndarray, logits: torch.Tensor) -> Sampled:
-        state = self._rows
-        key = rows.tobytes() + state.generation.to_bytes(8, "little")
+    def _look_up_params(self, rows: np.ndarray) -> None:
+        key = rows.tobytes() + self._rows.generation.to_bytes(8, "little")
         if self._batch_of != key:
             self._batch_of = key
-            self._batch_params, self._token_masks = state.batch_params(rows, self._device), state.token_masks(rows)
-        params = self._batch_params
+            self._batch_params = self._rows.batch_params(rows, self._device)
+            self._token_masks = self._rows.token_masks(rows)
+
+    def _sample(self, rows: np.ndarray, logits: torch.Tensor) -> Sampled:
+        state, params = self._rows, self._batch_params
         ends = state.num_tokens[rows]
         history = is_output = None
         if params.penalized is not None:
@@ -261,20 +273,26 @@ class EngineThread:
         sampled_ids, log_probs, raw_log_probs = _to_host(sampled.token_ids, sampled.log_probs, sampled.raw_log_probs)
         rows, state = plan.sampling[keep], self._rows
         token_ids, log_probs, raw_log_probs = sampled_ids[keep], log_probs[keep], raw_log_probs[keep]
-        broken = np.isnan(raw_log_probs)
-        stopped, full = self.scheduler.append(rows, token_ids, log_probs, raw_log_probs)
+        flags = self.scheduler.append(rows, token_ids, log_probs, raw_log_probs)
         if self._token_masks is not None:
             bound = np.nonzero(state.constrained[plan.sampling])[0]
             goes_on = keep.copy()
-            goes_on[keep] = ~stopped
+            goes_on[keep] = flags & STOPPED == 0
             self._token_masks.consume(np.nonzero(goes_on[bound])[0], sampled_ids[bound[goes_on[bound]]])
         top = [_to_host(x)[0][keep] for x in sampled.top] if sampled.top is not None else None
-        for i in np.nonzero(stopped | full | broken | state.watched[rows])[0]:
-            row, token_id = int(rows[i]), int(token_ids[i])
+        self._look_at(rows, flags, top)
+        self._tell_streams()
+
+    def _look_at(self, rows: np.ndarray, flags: np.ndarray, top: list[np.ndarray] | None = None) -> None:
+        """What is left to do for those of ``rows`` [B] that have flags after their new tokens."""
+        state = self._rows
+        for i in np.nonzero(flags)[0]:
+            row, flag = int(rows[i]), flags[i]
             live = state.sequences[row]
             if live is None:
                 continue  # its request has failed with another of its samples
-            if broken[i]:
+            token_id = int(state.tokens[row, state.num_tokens[row] - 1])
+            if flag & BROKEN:
                 version = self.scheduler.weight_version
                 self._fail(live.request, UserError(f"weights {version} of the model are broken: its log-probs are NaN"))
                 continue
@@ -283,16 +301,15 @@ class EngineThread:
                     list(zip(top[1][i, :count].tolist(), top[0][i, :count].tolist(), strict=True))
                 )
             match = live.stop_strings.push(token_id) if live.stop_strings is not None else None
-            if stopped[i] or match is not None or full[i]:
+            if flag & (STOPPED | FULL) or match is not None:
                 self.scheduler.retire(row)
                 if live.bound_text is not None and (error := live.bound_text.error) is not None:
                     name = live.request.params.constrained
                     self._fail(live.request, UserError(f"sampling parameter {name} cost too much: {error}"))
-                elif stopped[i]:
+                elif flag & STOPPED:
                     self._finish(live, StopReason.STOP_TOKEN, token_id)
                 else:
                     self._finish(live, StopReason.LENGTH if match is None else StopReason.STOP_STRING, match)
-        self._tell_streams()
 
     # -- streams ------------------------------------------------------------------------------------------------------
 

@@ -203,14 +203,15 @@ class NativeForward:
             structured.head_dim, config.intermediate_size, config.vocab_size, 1, 0, self._layers.ctypes.data, 0, 0, 0,
             self._cos.data_ptr(), self._sin.data_ptr(), config.rms_norm_eps, structured.scale,
         )  # fmt: skip
-        bfloat16 = structured.parameters()[0].dtype == torch.bfloat16  # type: ignore[union-attr]
-        self._chunks_apart = bfloat16 and torch.cpu._is_amx_tile_supported()
+        self.bfloat16 = structured.parameters()[0].dtype == torch.bfloat16  # type: ignore[union-attr]
+        self._chunks_apart = self.bfloat16 and torch.cpu._is_amx_tile_supported()
         address, count = ctypes.c_void_p, ctypes.c_int64
-        self._step = library.step_bfloat16 if bfloat16 else library.step_float32
+        self._step = library.step_bfloat16 if self.bfloat16 else library.step_float32
         self._step.argtypes = (
             address, count, address, address, address, address, count, count, address, address, address
         )  # fmt: skip
         self._step.restype = None
+        self.library = library
         self._bytes = library.step_bytes
         self._bytes.argtypes, self._bytes.restype = (address, count, count, count), count
         self._memory = torch.empty(0, dtype=torch.uint8)
@@ -222,6 +223,7 @@ class NativeForward:
     def refresh(self) -> None:
         self._structured.refresh()
         self._parameters = self._structured.parameters()
+        self._present = [x for x in self._parameters if x is not None]
         self._addresses: list[int] = []  # none yet: looked up by the next step
 
     def __call__(self, step: Step, cache: KVCache) -> torch.Tensor:
@@ -232,25 +234,32 @@ class NativeForward:
 
     def _run(self, step: Step, cache: KVCache) -> torch.Tensor:
         """Logits [B, V] float32, which the next step overwrites."""
+        outputs, table = len(step.outputs), cache.page_table
+        model, logits, memory = self.prepare(cache, len(step.token_ids), outputs)
+        self._step(
+            ctypes.addressof(model), len(step.token_ids), step.token_ids.data_ptr(), step.positions.data_ptr(),
+            step.rows.data_ptr(), table.ctypes.data, table.shape[1], outputs, step.outputs.data_ptr(), logits, memory,
+        )  # fmt: skip
+        self.end_step()
+        return self._logits[: outputs * model.vocab_size].view(outputs, model.vocab_size)
+
+    def prepare(self, cache: KVCache, tokens: int, outputs: int) -> tuple[_NativeModel, int, int]:
+        """The model as it is now, and addresses of memory for a step's logits and for its work."""
         self._point(cache)
-        model, tokens, outputs = self._model, len(step.token_ids), len(step.outputs)
-        table = cache.page_table
+        model = self._model
         model.num_threads = 1 if time.monotonic() < self._alone_until else torch.get_num_threads()
-        size = self._bytes(ctypes.addressof(model), tokens, outputs, table.shape[1])
+        size = self._bytes(ctypes.addressof(model), tokens, outputs, cache.page_table.shape[1])
         if len(self._memory) < size:
             self._memory = torch.empty(size, dtype=torch.uint8)
         if len(self._logits) < outputs * model.vocab_size:
             # Said wherever C++ writes: torch's default is another while transformers loads a model in any thread.
             self._logits = torch.empty(outputs * model.vocab_size, dtype=torch.float32)
-        logits = self._logits[: outputs * model.vocab_size].view(outputs, model.vocab_size)
-        self._step(
-            ctypes.addressof(model), tokens, step.token_ids.data_ptr(), step.positions.data_ptr(),
-            step.rows.data_ptr(), table.ctypes.data, table.shape[1], outputs, step.outputs.data_ptr(),
-            logits.data_ptr(), self._memory.data_ptr(),
-        )  # fmt: skip
-        if model.num_threads > 1:
-            self._note_waits(model.long_waits)
-        return logits
+        return model, self._logits.data_ptr(), self._memory.data_ptr()
+
+    def end_step(self) -> None:
+        """What a compiled step has told about its threads."""
+        if self._model.num_threads > 1:
+            self._note_waits(self._model.long_waits)
 
     def _note_waits(self, long_waits: int) -> None:
         """Decide how long to go on alone after a step in which threads have waited so often for each other."""
@@ -262,16 +271,18 @@ class NativeForward:
 
     def _point(self, cache: KVCache) -> None:
         """Write down where parameters and pages lie now: an assignment to a parameter's ``data`` moves it."""
-        addresses = [0 if x is None else x.data_ptr() for x in self._parameters]
-        if addresses != self._addresses:
-            shapes = [None if x is None else x.shape for x in self._parameters]
-            if not self._structured.fits_native() or shapes != self._shapes:
-                raise RuntimeError("a parameter has changed shape, precision or device under the engine")
-            self._addresses = addresses
-            self._model.embedding, self._model.final_norm, self._model.head = addresses[:3]
-            self._layers[:, :15] = np.array(addresses[3:]).reshape(-1, 15)
-            self._layers[:, 15] = [x.data_ptr() for x in cache.keys]
-            self._layers[:, 16] = [x.data_ptr() for x in cache.values]
+        addresses = list(map(torch.Tensor.data_ptr, self._present))
+        if addresses == self._addresses:
+            return
+        shapes = [None if x is None else x.shape for x in self._parameters]
+        if not self._structured.fits_native() or shapes != self._shapes:
+            raise RuntimeError("a parameter has changed shape, precision or device under the engine")
+        self._addresses = addresses
+        embedding, norm, head, *layers = (0 if x is None else x.data_ptr() for x in self._parameters)
+        self._model.embedding, self._model.final_norm, self._model.head = embedding, norm, head
+        self._layers[:, :15] = np.array(layers).reshape(-1, 15)
+        self._layers[:, 15] = [x.data_ptr() for x in cache.keys]
+        self._layers[:, 16] = [x.data_ptr() for x in cache.values]
 
 
 def without_chunks(step: Step) -> Step:

@@ -66,7 +66,7 @@ def sample_rows(
     inverse = None if temperature is None else temperature.reciprocal()
     ids = torch.empty(rows, dtype=torch.int64)
     log_probs, raw_log_probs = torch.empty(2, rows, dtype=torch.float32)
-    scratch = torch.empty(threads, vocab_size, dtype=torch.float32)
+    scratch = torch.empty(threads, 2 * vocab_size, dtype=torch.float32)
 
     def address(x: torch.Tensor | None) -> ctypes.c_void_p:
         return ctypes.c_void_p(None if x is None else x.data_ptr())

@@ -15,7 +15,7 @@ import numpy as np
 
 from rollouts.inference.kv_cache import PAGE_SIZE, KVCache
 from rollouts.inference.prefix_tree import common_prefix
-from rollouts.inference.sequences import LiveSample, PromptScores, Rows
+from rollouts.inference.sequences import BROKEN, FULL, STOPPED, WATCHED, LiveSample, PromptScores, Rows
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Scheduler:
         self.weight_version = 0
         self.num_prefilled = 0  # prompt tokens computed so far
         self.num_sampled = 0
+        self._decoding_plan: Plan | None = None  # kept while the same rows decode and nothing else happens
         self.num_preemptions = 0
         self._step_tokens = step_tokens
         self._followers: dict[int, list[LiveSample]] = {}  # by their leader's row
@@ -75,6 +76,10 @@ class Scheduler:
         """
         self._make_room()
         self._admit(admit_new)
+        if not self.prefilling and len(self.decoding):
+            if self._decoding_plan is None or self._decoding_plan.decoding is not self.decoding:
+                self._decoding_plan = Plan(self.decoding, [], self.decoding, np.arange(len(self.decoding)), [])
+            return self._decoding_plan
         budget = max(self._step_tokens - len(self.decoding), PAGE_SIZE)
         score_budget = max(_SCORED_LOGITS // self.rows.vocab_size, 1)
         chunks, finishing, outputs, scored = [], [], [], []
@@ -148,13 +153,14 @@ class Scheduler:
                     self._leave(follower.row)
                     self.waiting.appendleft(follower)
                 place += 1
-        self.decoding = plan.sampling[keep]
+        if plan.chunks:
+            self.decoding = plan.sampling[keep]
         return keep
 
     def append(
         self, sampling: np.ndarray, token_ids: np.ndarray, log_probs: np.ndarray, raw_log_probs: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Give each of ``sampling`` [B] its token; masks [B] of those that a stop id and that their length ends."""
+    ) -> np.ndarray:
+        """Give each of ``sampling`` [B] its token; flags [B] of what that makes of it."""
         rows = self.rows
         ends = rows.num_tokens[sampling]
         rows.tokens[sampling, ends] = token_ids
@@ -163,7 +169,8 @@ class Scheduler:
         rows.num_tokens[sampling] = ends + 1
         self.num_sampled += len(sampling)
         stopped = (token_ids[:, None] == rows.stop_ids[sampling]).any(1)
-        return stopped, ends + 1 >= rows.max_length[sampling]
+        full = ends + 1 >= rows.max_length[sampling]
+        return stopped * STOPPED | full * FULL | np.isnan(raw_log_probs) * BROKEN | rows.watched[sampling] * WATCHED
 
     def retire(self, row: int) -> LiveSample:
         """Take a sequence off its row; it is done, or will be put back into ``waiting``."""

@@ -127,6 +127,11 @@ class LiveSample:
         )
 
 
+# What a new token makes of a row, also in step.cpp: a stop id or its length ends it, its log-prob is NaN, or something
+# looks at each of its tokens.
+STOPPED, FULL, BROKEN, WATCHED = (np.uint8(1 << i) for i in range(4))
+
+
 class Rows:
     """The state of up to R running sequences, [R] or [R, longest sequence]."""
 

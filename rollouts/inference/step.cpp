@@ -408,6 +408,119 @@ void attend(const Query* queries, const Cached<W>& cached, const Cached<W>& next
   if (column < d) weigh_values<N, 1>(scores, stride, cached, next, page_size, first, last, d, column, factors, out);
 }
 
+// ---- sampling --------------------------------------------------------------------------------------------------------
+
+constexpr int64_t TOGETHER_SUMMED = 256;  // neighboring weights that have a sum of their own
+
+// e^(x*inverse_temperature - most) of a row into `out`, sums of neighbors into `sums`, and the sum of all.
+double exponentials(const float* x, int64_t V, float inverse_temperature, float most, float* out, float* sums) {
+  double total = 0;
+  for (int64_t v = 0; v < V; total += *sums++) {
+    const int64_t end = v + TOGETHER_SUMMED < V ? v + TOGETHER_SUMMED : V;
+    f16 lanes = {};
+    for (; v + 16 <= end; v += 16) {
+      const f16 z = load(x + v) * inverse_temperature - most, e = where(z < splat(-87.f), f16{}, exp16(z));
+      *(f16*)(out + v) = e;
+      lanes += e;
+    }
+    *sums = sum(lanes);
+    for (; v < end; v++) {
+      const float z = x[v] * inverse_temperature - most;
+      out[v] = z < -87.f ? 0 : exp16(splat(z))[0];
+      *sums += out[v];
+    }
+  }
+  return total;
+}
+
+float highest(const float* x, int64_t V) {
+  f16 most = splat(-__builtin_inff());
+  int64_t v = 0;
+  for (; v + 16 <= V; v += 16) most = where(load(x + v) > most, load(x + v), most);
+  float highest = v ? highest_of(most) : x[0];
+  for (; v < V; v++) highest = x[v] > highest ? x[v] : highest;
+  return highest;
+}
+
+int64_t find(const float* x, int64_t V, float value) {
+  int64_t v = 0;
+  while (v < V - 1 && x[v] != value) v++;
+  return v;
+}
+
+// The first token at which the running sum of `weights` exceeds u times their sum `total`, 0 <= u < 1.
+int64_t inverse_cdf(const float* weights, const float* sums, int64_t V, double total, float u) {
+  const double target = u * total;
+  double before = 0;
+  int64_t v = 0, last = 0;
+  for (; v + TOGETHER_SUMMED <= V && before + *sums <= target; v += TOGETHER_SUMMED) before += *sums++;
+  for (; v + 16 <= V; v += 16) {
+    const double after = before + sum(load(weights + v));
+    if (after > target) break;
+    before = after;
+  }
+  for (; v < V; v++) {
+    if (weights[v] > 0) last = v;  // rounding within a block may leave the target just out of reach
+    before += weights[v];
+    if (before > target && weights[v] > 0) return v;
+  }
+  return last;
+}
+
+struct Sampled {
+  int64_t id;
+  float log_prob, raw_log_prob;  // at the row's temperature and at 1
+};
+
+// A token from the full distribution of logits x [V]; `scratch` is [2 * V].
+Sampled sample_row(const float* x, int64_t V, float inverse_temperature, bool greedy, float uniform, float* scratch) {
+  const float most = highest(x, V);
+  float* sums = scratch + V;
+  const double total = exponentials(x, V, inverse_temperature, most * inverse_temperature, scratch, sums);
+  const int64_t id = greedy ? find(x, V, most) : inverse_cdf(scratch, sums, V, total, uniform);
+  const double log_prob = (double)(x[id] * inverse_temperature) - most * inverse_temperature - __builtin_log(total);
+  if (inverse_temperature == 1.f) return {id, (float)log_prob, (float)log_prob};
+  const double raw_total = exponentials(x, V, 1.f, most, scratch, sums);
+  return {id, (float)log_prob, (float)((double)x[id] - most - __builtin_log(raw_total))};
+}
+
+// The engine's rows, as sequences.Rows has them.
+struct RowStates {
+  int64_t longest, num_stop_ids;  // the widths of [R, longest] and of `stop_ids`
+  int32_t* tokens;                // [R, longest], as are the log-probs
+  float *log_probs, *raw_log_probs;
+  int64_t *num_prompt, *num_tokens, *num_computed, *max_length;
+  uint64_t* random_start;
+  int64_t* stop_ids;
+  float* temperature;
+  uint8_t *greedy, *watched;
+};
+
+enum : uint8_t { STOPPED = 1, FULL = 2, BROKEN = 4, WATCHED = 8 };  // as sequences.py has them
+
+// The same as random_numbers.uniforms.
+inline float uniform(uint64_t start, int64_t position) {
+  uint64_t x = start + (uint64_t)(position + 1) * 0x9E3779B97F4A7C15;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
+  return (float)((x ^ (x >> 31)) >> 40) * 0x1p-24f;
+}
+
+// A row that decodes gets its token; gives what that makes of the row.
+uint8_t append_token(const RowStates& s, int64_t row, const float* x, int64_t V, float* scratch) {
+  const int64_t end = s.num_tokens[row]++, place = row * s.longest + end;
+  const float u = uniform(s.random_start[row], end - s.num_prompt[row]);
+  const Sampled got = sample_row(x, V, 1.f / s.temperature[row], s.greedy[row], u, scratch);
+  s.num_computed[row]++;
+  s.tokens[place] = (int32_t)got.id, s.log_probs[place] = got.log_prob, s.raw_log_probs[place] = got.raw_log_prob;
+  uint8_t flags = s.watched[row] ? WATCHED : 0;
+  for (int64_t i = 0; i < s.num_stop_ids; i++)
+    if (s.stop_ids[row * s.num_stop_ids + i] == got.id) flags |= STOPPED;
+  if (end + 1 >= s.max_length[row]) flags |= FULL;
+  if (got.raw_log_prob != got.raw_log_prob) flags |= BROKEN;
+  return flags;
+}
+
 // ---- the step --------------------------------------------------------------------------------------------------------
 
 struct Layer {  // as model_runner lays it out: addresses, 0 where absent, and the window (0 = none)
@@ -446,9 +559,10 @@ struct Places {
   float* last_x;               // [B, C], the outputs alone; likewise
   int64_t *last_positions, *last_rows;
   Run* last_runs;
+  int64_t *tokens, *positions, *all;  // [T], of rows that decode
   struct Own {                 // of each thread
     uint32_t *h, *tail;
-    float *scores, *attended;
+    float *scores, *attended, *weights;
   } own;
   Places(const Model& m, int64_t T, int64_t B, int64_t max_pages, Scratch& scratch, int thread) {
     const int64_t Hd = m.heads * m.head_dim, Kd = m.kv_heads * m.head_dim, T16 = (T + 15) / 16 * 16;
@@ -461,10 +575,11 @@ struct Places {
     runs = scratch.take<Run>(T);
     last_x = scratch.take<float>(B * m.hidden), last_runs = scratch.take<Run>(B);
     last_positions = scratch.take<int64_t>(B), last_rows = scratch.take<int64_t>(B);
+    tokens = scratch.take<int64_t>(T), positions = scratch.take<int64_t>(T), all = scratch.take<int64_t>(T);
     for (int i = 0; i <= thread; i++) {
       own.h = scratch.take<uint32_t>(FEW * m.hidden), own.tail = scratch.take<uint32_t>(16 * m.hidden);
       own.scores = scratch.take<float>(TOGETHER * max_pages * 16);
-      own.attended = scratch.take<float>(TOGETHER * m.head_dim);
+      own.attended = scratch.take<float>(TOGETHER * m.head_dim), own.weights = scratch.take<float>(2 * m.vocab_size);
     }
   }
 };
@@ -484,6 +599,8 @@ struct Step {
   const int64_t max_pages, B, *outputs;
   float* logits;
   char* memory;
+  const RowStates* states = nullptr;  // of rows that all decode, and are to get their tokens; what that makes of them
+  uint8_t* flags = nullptr;
   bool chunks = false;  // whether some tokens attend to others of the same step
   Queries all{}, last{};  // of every token; of the outputs, which are all that the last layer need go on with
 
@@ -623,6 +740,10 @@ struct Step {
         else memcpy(logits + b * V + o, &v, (V - o) * sizeof(float));
       });
     });
+    if (!states || !team.meet(id)) return;
+    shared_out(team, id, B, [&](int64_t b) {
+      flags[b] = append_token(*states, rows[b], logits + b * V, V, at.own.weights);
+    });
   }
 
   // A token's key and value of one head go into the cache.
@@ -710,74 +831,21 @@ struct Step {
   }
 };
 
-// ---- sampling --------------------------------------------------------------------------------------------------------
-
-// e^(x*inverse_temperature - most) of a row into `out`, and their sum; lanes beyond V count nothing.
-double exponentials(const float* x, int64_t V, float inverse_temperature, float most, float* out) {
-  double total = 0;
-  int64_t v = 0;
-  for (; v + 16 <= V; v += 16) {
-    const f16 z = load(x + v) * inverse_temperature - most, e = where(z < splat(-87.f), f16{}, exp16(z));
-    *(f16*)(out + v) = e;
-    total += sum(e);
-  }
-  for (; v < V; v++) {
-    const float z = x[v] * inverse_temperature - most;
-    out[v] = z < -87.f ? 0 : exp16(splat(z))[0];
-    total += out[v];
-  }
-  return total;
-}
-
-int64_t argmax(const float* x, int64_t V) {
-  f16 most = splat(-__builtin_inff());
-  int64_t v = 0, best = 0;
-  for (; v + 16 <= V; v += 16) most = where(load(x + v) > most, load(x + v), most);
-  float highest = v ? most[0] : x[0];
-  for (int i = 1; v && i < 16; i++) highest = most[i] > highest ? most[i] : highest;
-  for (; v < V; v++) highest = x[v] > highest ? x[v] : highest;
-  while (best < V - 1 && x[best] != highest) best++;
-  return best;
-}
-
-// The first token at which the running sum of `weights` exceeds u times their sum `total`, 0 <= u < 1.
-int64_t inverse_cdf(const float* weights, int64_t V, double total, float u) {
-  const double target = u * total;
-  double before = 0;
-  int64_t v = 0, last = 0;
-  for (; v + 16 <= V; v += 16) {
-    const double after = before + sum(load(weights + v));
-    if (after > target) break;
-    before = after;
-  }
-  for (; v < V; v++) {
-    if (weights[v] > 0) last = v;  // rounding within a block may leave the target just out of reach
-    before += weights[v];
-    if (before > target && weights[v] > 0) return v;
-  }
-  return last;
-}
-
 }  // namespace
 
 // One token for each of D rows of logits [D, V] from its full distribution, with its log-probs at the row's temperature
-// and at 1. `inverse_temperatures` and `greedy` may be null (1 and false); `scratch` is [threads, V].
+// and at 1. `inverse_temperatures` and `greedy` may be null (1 and false); `scratch` is [threads, 2 * V].
 extern "C" void sample_rows(const float* logits, int64_t rows, int64_t V, const float* inverse_temperatures,
                             const uint8_t* greedy, const float* uniforms, int64_t* ids, float* log_probs,
                             float* raw_log_probs, float* scratch, int64_t threads) {
 #pragma omp parallel num_threads((int)threads)
   {
-    float* weights = scratch + omp_get_thread_num() * V;
     const int64_t id = omp_get_thread_num(), size = omp_get_num_threads();
     for (int64_t t = rows * id / size; t < rows * (id + 1) / size; t++) {
-      const float *x = logits + t * V, temper = inverse_temperatures ? inverse_temperatures[t] : 1.f;
-      const int64_t best = argmax(x, V);
-      const double total = exponentials(x, V, temper, x[best] * temper, weights);
-      const int64_t id = ids[t] = greedy && greedy[t] ? best : inverse_cdf(weights, V, total, uniforms[t]);
-      log_probs[t] = (float)((double)(x[id] * temper) - x[best] * temper - __builtin_log(total));
-      raw_log_probs[t] = log_probs[t];
-      if (temper != 1.f)
-        raw_log_probs[t] = (float)((double)x[id] - x[best] - __builtin_log(exponentials(x, V, 1.f, x[best], weights)));
+      const float inverse = inverse_temperatures ? inverse_temperatures[t] : 1.f;
+      const Sampled got =
+          sample_row(logits + t * V, V, inverse, greedy && greedy[t], uniforms[t], scratch + id * 2 * V);
+      ids[t] = got.id, log_probs[t] = got.log_prob, raw_log_probs[t] = got.raw_log_prob;
     }
   }
 }
@@ -789,13 +857,38 @@ extern "C" int64_t step_bytes(const Model* m, int64_t T, int64_t B, int64_t max_
   return (int64_t)scratch.at + 64;
 }
 
+inline char* aligned(char* memory) { return (char*)(((uintptr_t)memory + 63) / 64 * 64); }
+
 // T tokens of rows [T] at positions [T]: a row's tokens follow one another. Logits [B, V] of tokens `outputs` [B].
 #define STEP(name, W)                                                                                                  \
   extern "C" void name(const Model* m, int64_t T, const int64_t* tokens, const int64_t* positions, const int64_t* rows, \
                        const int32_t* page_table, int64_t max_pages, int64_t B, const int64_t* outputs, float* logits,  \
                        char* memory) {                                                                                 \
-    memory = (char*)(((uintptr_t)memory + 63) / 64 * 64);                                                              \
-    Step<W>{*m, T, tokens, positions, rows, page_table, max_pages, B, outputs, logits, memory}.run();                  \
+    Step<W>{*m, T, tokens, positions, rows, page_table, max_pages, B, outputs, logits, aligned(memory)}.run();         \
   }
 STEP(step_float32, float)
 STEP(step_bfloat16, bf16)
+
+// The next token of each of `rows` [D], sampled and written down in `states`; flags [D] say what that makes of the rows,
+// and the result how many have any.
+template <typename W>
+int64_t decode(const Model& m, const RowStates& states, int64_t D, const int64_t* rows, const int32_t* page_table,
+               int64_t max_pages, float* logits, uint8_t* flags, char* memory) {
+  Scratch scratch{memory};
+  const Places at(m, D, D, max_pages, scratch, 0);
+  for (int64_t i = 0; i < D; i++) {
+    at.all[i] = i, at.positions[i] = states.num_computed[rows[i]];
+    at.tokens[i] = states.tokens[rows[i] * states.longest + at.positions[i]];
+  }
+  Step<W>{m, D, at.tokens, at.positions, rows, page_table, max_pages, D, at.all, logits, memory, &states, flags}.run();
+  int64_t count = 0;
+  for (int64_t i = 0; i < D; i++) count += flags[i] != 0;
+  return count;
+}
+#define DECODE(name, W)                                                                                                \
+  extern "C" int64_t name(const Model* m, const RowStates* states, int64_t D, const int64_t* rows,                      \
+                          const int32_t* page_table, int64_t max_pages, float* logits, uint8_t* flags, char* memory) {  \
+    return decode<W>(*m, *states, D, rows, page_table, max_pages, logits, flags, aligned(memory));                      \
+  }
+DECODE(decode_float32, float)
+DECODE(decode_bfloat16, bf16)
