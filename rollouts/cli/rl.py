@@ -47,7 +47,7 @@ def train(recipe: RLRecipe, is_new: bool, fork_step: Path | None, use_fsdp: bool
     build_rl.check_prompts(recipe, prompts, tokenizer, model.config.max_position_embeddings)
     rl = build_rl.build_run(recipe, functions, model, tokenizer, prompts, validation, device, use_fsdp)
     if is_new and ranks.is_main():
-        create_run(recipe, functools.partial(copy_checkpoint, fork_step) if fork_step else None)
+        create_run(recipe, functools.partial(copy_step, recipe, fork_step) if fork_step else None)
     ranks.barrier()
     try:
         history = anyio.run(functools.partial(train_and_log, recipe, rl))
@@ -59,6 +59,23 @@ def train(recipe: RLRecipe, is_new: bool, fork_step: Path | None, use_fsdp: bool
         report = write_run_report(recipe, history)
         write_final(shared, rl.backend, weights)  # last: a run that has it is finished
         print(f"{recipe.run_dir}: {summarize(report)}; the model is in {Path(recipe.run_dir) / 'final'}")
+
+
+def copy_step(recipe: RLRecipe, step: Path, run_folder: Path) -> None:
+    """Commit a copy of another run's step, with those of the models that learn beside the policy.
+
+    Raises:
+        UserError: the other run has no such model, or its step is damaged.
+    """
+    from rollouts.training.checkpoints import verify_checkpoint
+
+    copy_checkpoint(step, run_folder)
+    for name in ("critic", "process_reward"):
+        if getattr(recipe, name) is not None:
+            checkpoints = f"{name}_checkpoints"  # beside the policy's, as build_companion has it
+            beside = step.parent.parent / checkpoints / step.name
+            verify_checkpoint(beside)
+            copy_checkpoint(beside, run_folder, checkpoints)
 
 
 async def train_and_log(recipe: RLRecipe, rl: RLRun) -> list[dict[str, Any]]:

@@ -147,12 +147,12 @@ def loop_of(kind: str) -> Any:
     return getattr(training, names.get(kind, "run_sft_training"))
 
 
-def copy_checkpoint(step: Path, run_folder: Path) -> None:
+def copy_checkpoint(step: Path, run_folder: Path, checkpoints: str = "checkpoints") -> None:
     """Commit a copy of another run's step as the first step of a run that is being made."""
     from rollouts.training.checkpoints import MANIFEST, checkpoint_transaction, read_json
 
     number = read_json(step / "trainer_state.json")["step"]
-    with checkpoint_transaction(run_folder / "checkpoints", number) as partial:
+    with checkpoint_transaction(run_folder / checkpoints, number) as partial:
         shutil.copytree(step, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
 
 

@@ -89,6 +89,29 @@ def test_a_run_that_was_stopped_goes_on_and_another_forks_from_it(
     assert "rollout.temperature" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("algorithm", ["ppo", "prime"])
+def test_a_fork_takes_along_what_learns_beside_the_policy(
+    recipe: Path, algorithm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, fork = recipe.parent / "whole", recipe.parent / "fork"
+    values = yaml.safe_load(recipe.read_text()) | {"algorithm": algorithm}
+    values["train"] |= {"mini_batches": 1, "value_steps": 0, "eval_every": 0}
+    recipe.write_text(yaml.safe_dump(values))
+    arguments = ["rl", str(recipe), "--rollout.filter", "null"]
+    assert main([*arguments, "--run_dir", str(whole)]) == 0
+    from_step = ["--run_dir", str(fork), "--fork-from", f"{whole}/checkpoints/step_000002"]
+    assert main([*arguments, *from_step]) == 0
+    assert rollouts_of(fork) == [sample for sample in rollouts_of(whole) if sample["step"] > 2]
+
+    subprocess.run(["rm", "-r", str(fork)], check=True)
+    for beside in whole.glob("*_checkpoints"):
+        subprocess.run(["rm", "-r", str(beside)], check=True)
+    capsys.readouterr()
+    assert main([*arguments, *from_step]) == 2
+    assert "_checkpoints/step_000002/manifest.json cannot be read" in capsys.readouterr().err
+    assert not fork.exists()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("threads", ["1", "2"])
