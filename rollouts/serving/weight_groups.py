@@ -61,7 +61,8 @@ class WeightGroups:
         Raises:
             UserError: no such group, or the tensors did not come.
         """
-        if name not in self._groups:
+        group = self._groups.get(name)  # once: another request may leave it meanwhile
+        if group is None:
             raise UserError(f"there is no group {name!r}; call /init_weights_update_group first")
         tensors = {
             key: torch.empty(tuple(shape), dtype=DTYPES[dtype])
@@ -69,21 +70,22 @@ class WeightGroups:
         }
         try:
             if flattened:
-                self._receive_flattened(name, tensors)
+                _receive_flattened(group, tensors)
             else:
-                for work in [self._groups[name].broadcast(tensor, 0) for tensor in tensors.values()]:
+                for work in [group.broadcast(tensor, 0) for tensor in tensors.values()]:
                     work.wait()
         except RuntimeError as error:
-            self.leave(name)  # ranks that disagree about what has been sent cannot go on
+            self._groups.pop(name, None)  # ranks that disagree about what has been sent cannot go on
             raise UserError(f"the group {name!r} is broken and gone: {_line(error)}") from error
         return tensors
 
-    def _receive_flattened(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        sizes = [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
-        bucket = torch.empty(sum(sizes), dtype=torch.uint8)
-        self._groups[name].broadcast(bucket, 0).wait()
-        for (key, tensor), part in zip(tensors.items(), bucket.split(sizes), strict=True):
-            tensors[key] = part.clone().view(tensor.dtype).view(tensor.shape)  # cloned: a part need not be aligned
+
+def _receive_flattened(group: Any, tensors: dict[str, torch.Tensor]) -> None:
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
+    bucket = torch.empty(sum(sizes), dtype=torch.uint8)
+    group.broadcast(bucket, 0).wait()
+    for (key, tensor), part in zip(tensors.items(), bucket.split(sizes), strict=True):
+        tensors[key] = part.clone().view(tensor.dtype).view(tensor.shape)  # cloned: a part need not be aligned
 
 
 def dtype_name(text: str) -> str:
