@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rollouts.recipes.schema import TrainingRecipe
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 
+LONGEST_WAIT = 7 * 24 * 3600.0  # seconds for what one rank does alone, such as to tokenize all the data
+
 Train = Callable[[Any, bool, "Path | None", bool], None]  # (recipe, is_new, fork_step, use_fsdp): trains on this rank
 
 
@@ -111,13 +113,14 @@ def train_on_data(recipe: TrainingRecipe, is_new: bool, fork_step: Path | None, 
     build.require_loggers(recipe)
     build.check_sources(recipe)
     device = ranks.init_process_group(parse_device(recipe.device)) if use_fsdp else parse_device(recipe.device)
+    patient = ranks.gloo_group(LONGEST_WAIT)
     model, tokenizer = build.build_model(recipe, device)
     if not ranks.is_main():
-        ranks.barrier()  # the first rank fills the cache of tokenized data, the others read it
+        ranks.barrier(patient)  # the first rank fills the cache of tokenized data, the others read it
     samples = build.build_samples(recipe, recipe.data.train, tokenizer)
     validation = build.build_samples(recipe, recipe.data.validation, tokenizer) if recipe.data.validation else None
     if ranks.is_main():
-        ranks.barrier()
+        ranks.barrier(patient)
     config = build.build_config(recipe, samples)
     backend = build.build_backend(recipe, model, tokenizer, device, config.num_steps, use_fsdp)
     if is_new and ranks.is_main():

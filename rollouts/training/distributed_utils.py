@@ -29,9 +29,11 @@ def init_process_group(device: torch.device | str | None = None, timeout_seconds
     return local
 
 
-def gloo_group() -> dist.ProcessGroup | None:
-    """A CPU group over all ranks, for small Python objects; None in a single process."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+def gloo_group(timeout_seconds: float = 1800.0) -> dist.ProcessGroup | None:
+    """A CPU group over all ranks, for small Python objects and long waits; None in a single process."""
+    if not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
 
 
 def get_rank() -> int:
@@ -46,9 +48,10 @@ def is_main() -> bool:
     return get_rank() == 0
 
 
-def barrier() -> None:
+def barrier(group: dist.ProcessGroup | None = None) -> None:
+    """Wait until all ranks are here, as long as the group's time-out; None = that of ``init_process_group``."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group)
 
 
 def all_reduce(tensor: torch.Tensor, op: Any = None) -> torch.Tensor:

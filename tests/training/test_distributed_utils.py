@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import rollouts
 from rollouts.training import distributed_utils as ranks
 
 
@@ -22,6 +28,32 @@ def test_a_single_process_is_a_world_of_one(
     ranks.cleanup()
     ranks.print_rank_0("hello", 1, sep="-")
     assert capsys.readouterr().out == "hello-1\n"
+
+
+WAITING = """
+import datetime, time
+from torch.distributed import distributed_c10d
+from rollouts.training import distributed_utils as ranks
+
+ranks.init_process_group("cpu")
+patient = ranks.gloo_group(3600)
+ranks.barrier()
+distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1))
+if ranks.is_main():
+    time.sleep(4)  # what one rank does alone
+ranks.barrier(patient)
+ranks.cleanup()
+"""
+
+
+def test_a_patient_group_waits_longer_than_the_others(tmp_path: Path) -> None:
+    (tmp_path / "waiting.py").write_text(WAITING)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(rollouts.__file__).parents[1])}
+    done = subprocess.run(
+        [*launch, str(tmp_path / "waiting.py")], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
