@@ -296,7 +296,7 @@ class RewardRunner:
                 outcome.append((call(self.rewards[number].function, sample), None))
             except BaseException as e:
                 outcome.append((None, e))
-            with contextlib.suppress(anyio.RunFinishedError):  # the loop has ended since: nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop has ended since: nobody waits
                 anyio.from_thread.run_sync(finished.set, token=token)
 
         threading.Thread(target=run, daemon=True, name=f"reward {self.rewards[number].name}").start()
