@@ -371,7 +371,11 @@ class EmbeddedEngine:
         done: TrainFuture[None] = TrainFuture(name)
 
         def run() -> None:
-            work()
+            try:
+                work()
+            except BaseException as error:
+                done.set_exception(error)
+                raise
             done.set_result(None)
 
         self._thread.send(run)

@@ -128,7 +128,8 @@ class EngineThread:
         with self._inbox_changed:
             self._closed = True
             while self._inbox:
-                self._inbox.popleft()()
+                with suppress(Exception):  # those that come after it, and whoever waits, must still be told
+                    self._inbox.popleft()()
         failure = RuntimeError("the engine was closed" if self.error is None else "the engine's thread has failed")
         failure.__cause__ = self.error
         for update in self.updates:
@@ -143,10 +144,9 @@ class EngineThread:
             while not self._inbox and (self.pauses or (self.scheduler.idle and not self.updates)):
                 release_threads()
                 self._inbox_changed.wait()
-            commands = list(self._inbox)
-            self._inbox.clear()
-        for command in commands:
-            command()
+            count = len(self._inbox)
+        for _ in range(count):  # when one raises, those after it are still there to be told
+            self._inbox.popleft()()
 
     def _apply_updates(self) -> None:
         while self.updates:
@@ -158,9 +158,11 @@ class EngineThread:
             try:
                 if update.weights is not None:
                     copy_weights(update.weights, self._model)
-            except UserError as error:
+            except BaseException as error:
                 update.future.set_exception(error)
-                continue
+                if isinstance(error, UserError):
+                    continue
+                raise  # some of the weights may be new
             if update.mode == "abort":
                 for each in in_flight:
                     self.scheduler.remove(each)

@@ -16,7 +16,7 @@ def copy_weights(source: Mapping[str, torch.Tensor] | nn.Module, model: nn.Modul
     """Copy parameters by name into ``model``'s own storage; tied parameters may be named once. Nothing or everything.
 
     Raises:
-        UserError: a name is unknown or missing, or a shape differs; the model is unchanged then.
+        UserError: a name is unknown or missing, a shape differs or something is no tensor; the model is unchanged then.
     """
     given = dict(source.named_parameters() if isinstance(source, nn.Module) else source)
     own: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
@@ -27,6 +27,8 @@ def copy_weights(source: Mapping[str, torch.Tensor] | nn.Module, model: nn.Modul
     for name, tensor in given.items():
         if name not in own:
             raise UserError(f"weight update names {name!r}, which the model does not have")
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(f"weight update: {name} is a {type(tensor).__name__}; give torch tensors")
         if tensor.shape != own[name].shape:
             raise UserError(
                 f"weight update: {name} has shape {list(tensor.shape)}, the model's has {list(own[name].shape)}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import anyio
 import pytest
@@ -220,6 +221,34 @@ async def test_closing_wakes_everyone(peaked_model: PreTrainedModel) -> None:
     assert failures == ["the engine was closed"] * 2
     with pytest.raises(RuntimeError, match="closed"):
         await engine.generate([5], GREEDY)
+
+
+async def test_a_command_that_fails_leaves_nobody_waiting(peaked_model: PreTrainedModel) -> None:
+    """Not those who were waiting, nor those whose command came after it or is the one that failed."""
+    engine = EmbeddedEngine(peaked_model, max_length=4096)
+    told: list[str] = []
+
+    async def wait(work: Callable[[], Awaitable[object]]) -> None:
+        try:
+            await work()
+        except (RuntimeError, ZeroDivisionError) as error:
+            told.append(str(error))
+
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait, lambda: engine.generate([5], ENDLESS))
+            await until(lambda: engine.num_running == 1)
+            held = threading.Event()
+            engine._thread.send(held.wait)  # what follows comes together
+            failing = engine._between_steps("fail", lambda: 1 // 0)
+            update = engine.update_weights()
+            tasks.start_soon(wait, lambda: engine.generate([5], GREEDY))
+            await until(lambda: len(engine._thread._inbox) == 3)
+            tasks.start_soon(wait, lambda: failing.result())
+            tasks.start_soon(wait, lambda: update.result())
+            held.set()
+    dead = "the engine's thread has failed"
+    assert sorted(told) == sorted([dead, dead, dead, "integer division or modulo by zero"])
 
 
 async def test_weight_updates_are_awaited(engine: EmbeddedEngine) -> None:

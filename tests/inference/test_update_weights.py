@@ -188,7 +188,7 @@ def test_replaced_parameters_are_served_after_an_update(
     assert got.token_ids == plain_greedy(other, PROMPT, 24)
 
 
-@pytest.mark.parametrize("fault", ["unknown", "missing", "shape"])
+@pytest.mark.parametrize("fault", ["unknown", "missing", "shape", "array"])
 def test_weights_that_do_not_fit_change_nothing(
     engine: EmbeddedEngine, model: PreTrainedModel, other: PreTrainedModel, fault: str
 ) -> None:
@@ -199,6 +199,8 @@ def test_weights_that_do_not_fit_change_nothing(
         state["model.layers.7.mlp.up_proj.weight"] = state[name]
     elif fault == "missing":
         del state[name]
+    elif fault == "array":
+        state[name] = state[name].detach().numpy()
     else:
         state[name] = state[name][:3]
     with pytest.raises(UserError, match=r"up_proj"):
