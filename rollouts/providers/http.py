@@ -11,7 +11,8 @@ import json
 import logging
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -29,7 +30,17 @@ logger = logging.getLogger(__name__)
 FIRST_DELAY, LONGEST_DELAY, LONGEST_RETRY_AFTER = 0.25, 30.0, 120.0
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
-_clients: RunVar[dict[tuple[str, float, float], httpx.AsyncClient]] = RunVar("rollouts_http_clients")
+AT_ONCE = 16  # requests of one client, which looks at all its connections when one begins and again when it ends
+
+_clients: RunVar[dict[tuple[str, float, float], list[_Client]]] = RunVar("rollouts_http_clients")
+
+
+@dataclass
+class _Client:
+    """Some of the connections to a server, and how many requests are on them."""
+
+    http: httpx.AsyncClient
+    in_flight: int = 0
 
 
 class _Failure(Exception):
@@ -63,9 +74,10 @@ async def request_json(
 
     async def attempt() -> Any:
         with anyio.fail_after(seconds):
-            response = await _client(endpoint).request(
-                method, endpoint.url + path, json=body, headers=_headers(endpoint, headers)
-            )
+            async with _client(endpoint) as client:
+                response = await client.request(
+                    method, endpoint.url + path, json=body, headers=_headers(endpoint, headers)
+                )
         _check_status(endpoint, response.status_code, response.headers, response.content)
         try:
             return json.loads(response.content) if response.content else None
@@ -118,9 +130,8 @@ async def stream_events(
 async def _events_once(
     endpoint: Endpoint, path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None
 ) -> AsyncIterator[dict[str, Any]]:
-    async with _client(endpoint).stream(
-        "POST", endpoint.url + path, json=body, headers=_headers(endpoint, headers)
-    ) as response:
+    address, own = endpoint.url + path, _headers(endpoint, headers)
+    async with _client(endpoint) as client, client.stream("POST", address, json=body, headers=own) as response:
         if response.status_code >= 400:
             with anyio.fail_after(endpoint.connect_timeout):
                 content = await response.aread()
@@ -220,20 +231,30 @@ def _headers(endpoint: Endpoint, headers: Mapping[str, str] | None) -> dict[str,
     return {"authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
 
 
-def _client(endpoint: Endpoint) -> httpx.AsyncClient:
-    """This event loop's client for a server; connections cannot be shared between loops."""
+@asynccontextmanager
+async def _client(endpoint: Endpoint) -> AsyncIterator[httpx.AsyncClient]:
+    """One of this event loop's clients for a server, the first with room; loops cannot share connections."""
     clients = _clients.get({})
     _clients.set(clients)
-    name = (endpoint.url, endpoint.timeout, endpoint.connect_timeout)
-    if name not in clients:
-        host = httpx.URL(endpoint.url).host
-        clients[name] = httpx.AsyncClient(
-            timeout=httpx.Timeout(endpoint.timeout, connect=endpoint.connect_timeout, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
-            trust_env=host not in LOOPBACK,  # no proxy stands between us and this machine
-            verify=endpoint.url.startswith("https"),
-        )
-    return clients[name]
+    own = clients.setdefault((endpoint.url, endpoint.timeout, endpoint.connect_timeout), [])
+    client = next((client for client in own if client.in_flight < AT_ONCE), None)
+    if client is None:
+        client = _Client(_make_client(endpoint))
+        own.append(client)
+    client.in_flight += 1
+    try:
+        yield client.http
+    finally:
+        client.in_flight -= 1
+
+
+def _make_client(endpoint: Endpoint) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        timeout=httpx.Timeout(endpoint.timeout, connect=endpoint.connect_timeout, pool=None),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=AT_ONCE),
+        trust_env=httpx.URL(endpoint.url).host not in LOOPBACK,  # no proxy stands between us and this machine
+        verify=endpoint.url.startswith("https"),
+    )
 
 
 async def run_all(functions: Sequence[Callable[[], Coroutine[Any, Any, object]]]) -> None:
@@ -253,4 +274,5 @@ async def close_clients() -> None:
     """Close this event loop's connections; they close with the loop otherwise."""
     clients = _clients.get({})
     for name in list(clients):
-        await clients.pop(name).aclose()
+        for client in clients.pop(name):
+            await client.http.aclose()

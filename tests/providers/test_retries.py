@@ -291,3 +291,25 @@ async def test_cancelling_closes_the_connection(server: Unruly) -> None:
         assert await anyio.to_thread.run_sync(asked.wait, 60)
         tasks.cancel_scope.cancel()
     assert await anyio.to_thread.run_sync(gone.wait, 60)
+
+
+async def test_any_number_is_asked_at_once_by_clients_of_few_connections(server: Unruly) -> None:
+    number = 2 * http_module.AT_ONCE + 1
+    all_here = threading.Barrier(number, timeout=120)
+
+    def meet(handler: Handler) -> None:
+        all_here.wait()
+        handler.answer(GOOD)
+
+    server.plan = [meet]
+    at = endpoint(server, timeout=240, connect_timeout=240)
+    for _ in range(2):  # the second time by the same clients
+        async with anyio.create_task_group() as tasks:
+            for _ in range(number):
+                tasks.start_soon(sample_tokens, at, [1], ONE)
+        [clients] = http_module._clients.get().values()
+        assert [client.in_flight for client in clients] == [0, 0, 0]
+    server.plan = [lambda handler: handler.answer({}) if server.closing.wait(240) else None]
+    with anyio.move_on_after(0.05):
+        await sample_tokens(at, [1], ONE)
+    assert [client.in_flight for client in clients] == [0, 0, 0]  # who is cancelled gives its place back
