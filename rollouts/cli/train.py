@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from rollouts.recipes.schema import TrainingRecipe
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 
-LONGEST_WAIT = 7 * 24 * 3600.0  # seconds for what one rank does alone, such as to tokenize all the data
-
 Train = Callable[[Any, bool, "Path | None", bool], None]  # (recipe, is_new, fork_step, use_fsdp): trains on this rank
 
 
@@ -113,7 +111,7 @@ def train_on_data(recipe: TrainingRecipe, is_new: bool, fork_step: Path | None, 
     build.require_loggers(recipe)
     build.check_sources(recipe)
     device = ranks.init_process_group(parse_device(recipe.device)) if use_fsdp else parse_device(recipe.device)
-    patient = ranks.gloo_group(LONGEST_WAIT)
+    patient = ranks.gloo_group(ranks.LONGEST_WAIT)
     model, tokenizer = build.build_model(recipe, device)
     if not ranks.is_main():
         ranks.barrier(patient)  # the first rank fills the cache of tokenized data, the others read it

@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 
 
+LONGEST_WAIT = 7 * 24 * 3600.0  # seconds for what one rank does alone: to tokenize all the data, to sample a batch
+
+
 def init_process_group(device: torch.device | str | None = None, timeout_seconds: float = 1800.0) -> torch.device:
     """Join the group torchrun describes in the environment (NCCL on CUDA, gloo on the CPU); returns this rank's device.
 
@@ -70,12 +73,12 @@ def all_gather(value: Any) -> list[Any]:
     return gathered
 
 
-def broadcast(value: Any, source: int = 0) -> Any:
-    """Rank ``source``'s ``value`` (any picklable object, trusted peers only) on every rank."""
+def broadcast(value: Any, source: int = 0, group: dist.ProcessGroup | None = None) -> Any:
+    """Rank ``source``'s ``value`` (any picklable object, trusted peers only) on every rank of the group."""
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=source)
+    dist.broadcast_object_list(box, src=source, group=group)
     return box[0]
 
 

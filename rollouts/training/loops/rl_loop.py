@@ -14,7 +14,7 @@ import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio.lowlevel
 
@@ -38,13 +38,16 @@ from rollouts.training.loops.rl_step import (
     perform,
     policy_loss,
 )
-from rollouts.training.metrics import ConsoleLogger, MetricsLogger
+from rollouts.training.metrics import MetricsLogger, logging_to
 from rollouts.training.remote_engines import RemoteEngine
 from rollouts.training.rewards.runner import RewardRunner
 from rollouts.training.rollout_gen.ledger import copy_sample
 from rollouts.training.rollout_gen.manager import AsyncRolloutManager
 from rollouts.training.types import RLTrainingConfig, RolloutBatch, Sample
 from rollouts.training.weight_sync import WeightSyncManager, sync_weights_to_engines
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 Evaluate = Callable[[int], Awaitable[dict[str, float]]]
 
@@ -96,50 +99,52 @@ async def run_rl_training(
     """
     _check(backend, data_buffer, rollout_manager, inference_engines, config)
     models = prepare_models(backend, reference, critic, process, config)
-    logger = metrics_logger or ConsoleLogger(config.num_steps, config.log_every, title="RL")
+    patient = ranks.gloo_group(ranks.LONGEST_WAIT)  # the first rank alone samples, evaluates and brings the weights
     watch = Stopwatch()
     step, history = 0, []
 
-    async def publish(metrics: dict[str, Any]) -> None:
-        """What follows the commit of a step: also the first thing that a resumed run does."""
-        if step % config.sync_every == 0:
-            with watch.phase("sync"):
+    with logging_to(metrics_logger, config.num_steps, config.log_every, "RL") as logger:
+
+        async def publish(metrics: dict[str, Any]) -> None:
+            """What follows the commit of a step: also the first thing that a resumed run does."""
+            if step % config.sync_every == 0:
+                with watch.phase("sync"):
+                    await sync_weights(backend, inference_engines, step, config)
+            if rollout_manager is not None:
+                rollout_manager.weight_version = step
+            if evaluate is not None and (step == config.num_steps or _is_due(step, config.eval_every)):
+                with watch.phase("evaluate"):
+                    metrics |= {f"eval_{name}": value for name, value in (await evaluate(step)).items()}
+            metrics |= watch.take()
+            history.append(metrics)
+            if backend.rank == 0:
+                logger.log(step, metrics)
+
+        if resume and (state := await resume_step(models, rollout_manager, config)) is not None:
+            step = state["step"]
+            if step % config.sync_every:  # no engine has the weights that were due before
                 await sync_weights(backend, inference_engines, step, config)
-        if rollout_manager is not None:
-            rollout_manager.weight_version = step
-        if evaluate is not None and (step == config.num_steps or _is_due(step, config.eval_every)):
-            with watch.phase("evaluate"):
-                metrics |= {f"eval_{name}": value for name, value in (await evaluate(step)).items()}
-        metrics |= watch.take()
-        history.append(metrics)
-        if backend.rank == 0:
-            logger.log(step, metrics)
-
-    if resume and (state := await resume_step(models, rollout_manager, config)) is not None:
-        step = state["step"]
-        if step % config.sync_every:  # no engine has the weights that were due before
+            await publish(state["metrics"])
+            history = [state["metrics"]] if step >= config.num_steps else []
+        elif backend.world_size > 1 or not all(shares_model(e, backend) for e in _engines_of(inference_engines)):
             await sync_weights(backend, inference_engines, step, config)
-        await publish(state["metrics"])
-        history = [state["metrics"]] if step >= config.num_steps else []
-    elif backend.world_size > 1 or not all(shares_model(e, backend) for e in _engines_of(inference_engines)):
-        await sync_weights(backend, inference_engines, step, config)
 
-    async with _entered(rollout_manager), _judge(reward_fn) as judge:
-        while step < config.num_steps:
-            await anyio.lowlevel.checkpoint()
-            with watch.phase("generate"):
-                batch = await next_batch(rollout_manager, judge)
-            metrics = {"step": step + 1, "epoch": batch.epoch_id, **describe_rollouts(batch, step)}
-            learnable = [sample for sample in batch.samples if is_learnable(sample)]
-            metrics |= await learn_from_rollouts(models, learnable, config, step, watch)
-            metrics |= speed(metrics, watch)
-            step += 1
-            if backend.rank == 0 and rollout_log is not None:
-                rollout_log.log(step, batch.samples)
-            if step == config.num_steps or _is_due(step, config.checkpoint_every):
-                with watch.phase("checkpoint"):
-                    await commit(models, rollout_manager, step, metrics, config)
-            await publish(metrics)
+        async with _entered(rollout_manager), _judge(reward_fn if backend.rank == 0 else None) as judge:
+            while step < config.num_steps:
+                await anyio.lowlevel.checkpoint()
+                with watch.phase("generate"):
+                    batch = await next_batch(rollout_manager, judge, patient)
+                metrics = {"step": step + 1, "epoch": batch.epoch_id, **describe_rollouts(batch, step)}
+                learnable = [sample for sample in batch.samples if is_learnable(sample)]
+                metrics |= await learn_from_rollouts(models, learnable, config, step, watch)
+                metrics |= speed(metrics, watch)
+                step += 1
+                if backend.rank == 0 and rollout_log is not None:
+                    rollout_log.log(step, batch.samples)
+                if step == config.num_steps or _is_due(step, config.checkpoint_every):
+                    with watch.phase("checkpoint"):
+                        await commit(models, rollout_manager, step, metrics, config)
+                await publish(metrics)
     return history
 
 
@@ -215,8 +220,10 @@ class StoredRollouts:
         self._num_batches = state["num_batches"]
 
 
-async def next_batch(source: RolloutSource | None, judge: RewardRunner | None) -> RolloutBatch:
-    """The next rollouts, judged, on every rank; ``source`` is rank 0's."""
+async def next_batch(
+    source: RolloutSource | None, judge: RewardRunner | None, group: dist.ProcessGroup | None = None
+) -> RolloutBatch:
+    """The next rollouts, judged, on every rank of ``group``; ``source`` is rank 0's."""
     batch = None
     if source is not None:
         batch = await source.generate_batch()
@@ -226,7 +233,7 @@ async def next_batch(source: RolloutSource | None, judge: RewardRunner | None) -
         for sample in unjudged:
             if sample.reward is None and "correct" in sample.metadata:
                 sample.reward = compute_reward(sample)
-    return ranks.broadcast(batch)
+    return ranks.broadcast(batch, group=group)
 
 
 async def sync_weights(
