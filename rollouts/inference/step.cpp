@@ -148,11 +148,11 @@ struct Tokens {
   int64_t first, end;
 };
 
-// Outputs [o, o + 16) of w [outputs, width] for some tokens, handed to `use(t, v)`; those beyond the last are arbitrary.
-// Where tokens are many the first is a multiple of 16.
-template <typename W, typename Use>
+// Outputs [o, o + 16) of w [outputs, width] for some tokens, handed to `use(to, v)`, `to` being `place(t)` of a token; those
+// beyond the last output are arbitrary. Where tokens are many the first is a multiple of 16.
+template <typename W, typename Place, typename Use>
 inline void sixteen_outputs(const Inputs<W>& x, Tokens of, const W* weights, int64_t o, int64_t outputs, uint32_t* tail,
-                            Use use) {
+                            Place place, Use use) {
   const int64_t words = x.num_words();
   const uint32_t* w = (const uint32_t*)weights + o * words;
   if (o + 16 > outputs) {  // rows beyond the last would lie outside the matrix
@@ -166,18 +166,19 @@ inline void sixteen_outputs(const Inputs<W>& x, Tokens of, const W* weights, int
       CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
     }
-    for (int64_t t = 0; t < x.tokens; t++) use(t, y[t]);
+    for (int64_t t = 0; t < x.tokens; t++) use(place(t), y[t]);
     return;
   }
   f16 y[16][4];
   for (int64_t t0 = of.first; t0 < of.end; t0 += 64) {
     const int64_t blocks = (of.end - t0 + 15) / 16;
+    for (int64_t t = t0; t < t0 + 64 && t < of.end; t++) __builtin_prefetch((const void*)place(t), 1);  // written many cycles from now
     many_tokens<W>(blocks < 4 ? blocks : 4, (const u16*)x.words + t0 / 16 * words, w, words, y);
     for (int64_t b = 0; b < 4 && t0 + b * 16 < of.end; b++) {
       f16 v[16];
       for (int i = 0; i < 16; i++) v[i] = y[i][b];
       transpose(v);
-      for (int64_t t = t0 + b * 16, i = 0; i < 16 && t < of.end; i++, t++) use(t, v[i]);
+      for (int64_t t = t0 + b * 16, i = 0; i < 16 && t < of.end; i++, t++) use(place(t), v[i]);
     }
   }
 }
@@ -382,7 +383,7 @@ void attend(const Query* queries, const Cached<W>& cached, const Cached<W>& next
     if (queries[n].end > last) last = queries[n].end;
   }
   const int64_t begin = first / 16, end = (last + 15) / 16;
-  constexpr int NP = N == 1 ? 4 : N == 2 ? 2 : 1, NC = N <= 2 ? 2 : 1;
+  constexpr int NP = N <= 2 ? 4 : 1, NC = N <= 2 ? 2 : 1;
   int64_t p = begin;
   for (; p + NP <= end; p += NP)
     page_scores<N, NP>(queries, cached, next, p, page_size, d, scale, scores, stride);
@@ -673,14 +674,15 @@ struct Step {
       if (!norm_all(h, L.input_norm, token)) return;
       auto query = [&](int64_t o, Tokens of) {
         sixteen_outputs(h, of, (const W*)L.q, o, H * d, at.own.tail,
-                        [&](int64_t t, f16 v) { put(at.q + t * H * d + o, v + bias(L.q_bias, o)); });
+                        [&](int64_t t) { return at.q + t * H * d + o; },
+                        [&](float* to, f16 v) { put(to, v + bias(L.q_bias, o)); });
       };
       auto key_or_value = [&](int64_t o, Tokens of) {
         const bool is_value = o >= K * d;
         const int64_t row = is_value ? o - K * d : o;
-        sixteen_outputs(h, of, (const W*)(is_value ? L.v : L.k), row, K * d, at.own.tail, [&](int64_t t, f16 v) {
-          put(at.kv + t * 2 * K * d + o, v + bias(is_value ? L.v_bias : L.k_bias, row));
-        });
+        sixteen_outputs(h, of, (const W*)(is_value ? L.v : L.k), row, K * d, at.own.tail,
+                        [&](int64_t t) { return at.kv + t * 2 * K * d + o; },
+                        [&](float* to, f16 v) { put(to, v + bias(is_value ? L.v_bias : L.k_bias, row)); });
       };
       product(((narrow ? 0 : H) + 2 * K) * d, [&](int64_t unit, Tokens of) {
         const int64_t o = unit * 16 - (narrow ? 0 : H * d);
@@ -711,20 +713,18 @@ struct Step {
         if (!team.meet(id)) return;
       }
       product(C, [&](int64_t unit, Tokens of) {
-        sixteen_outputs(attended, of, (const W*)L.o, unit * 16, C, at.own.tail, [&](int64_t t, f16 v) {
-          float* to = x + t * C + unit * 16;
-          put(to, load(to) + (v + bias(L.o_bias, unit * 16)));
-        });
+        sixteen_outputs(attended, of, (const W*)L.o, unit * 16, C, at.own.tail,
+                        [&](int64_t t) { return x + t * C + unit * 16; },
+                        [&](float* to, f16 v) { put(to, load(to) + (v + bias(L.o_bias, unit * 16))); });
       });
       if (!team.meet(id)) return;
       if (!norm_all(h, L.post_norm, token)) return;
       product(I, [&](int64_t unit, Tokens of) { gate(at, h, of, (const W*)L.gate, (const W*)L.up, unit * 16, gated); });
       if (!team.meet(id)) return;
       product(C, [&](int64_t unit, Tokens of) {
-        sixteen_outputs(gated, of, (const W*)L.down, unit * 16, C, at.own.tail, [&](int64_t t, f16 v) {
-          float* to = x + t * C + unit * 16;
-          put(to, load(to) + v);
-        });
+        sixteen_outputs(gated, of, (const W*)L.down, unit * 16, C, at.own.tail,
+                        [&](int64_t t) { return x + t * C + unit * 16; },
+                        [&](float* to, f16 v) { put(to, load(to) + v); });
       });
       if (!team.meet(id)) return;
     }
@@ -735,10 +735,11 @@ struct Step {
     const int64_t V = m.vocab_size;
     share_product(team, id, B, (V + 15) / 16, [&](int64_t unit, Tokens of) {
       const int64_t o = unit * 16;
-      sixteen_outputs(final, of, (const W*)m.head, o, V, at.own.tail, [&](int64_t b, f16 v) {
-        if (o + 16 <= V) put(logits + b * V + o, v);
-        else memcpy(logits + b * V + o, &v, (V - o) * sizeof(float));
-      });
+      sixteen_outputs(final, of, (const W*)m.head, o, V, at.own.tail, [&](int64_t b) { return logits + b * V + o; },
+                      [&](float* to, f16 v) {
+                        if (o + 16 <= V) put(to, v);
+                        else memcpy(to, &v, (V - o) * sizeof(float));
+                      });
     });
     if (!states || !team.meet(id)) return;
     shared_out(team, id, B, [&](int64_t b) {
@@ -811,8 +812,10 @@ struct Step {
             const Inputs<W>& out) const {
     if (h.few()) {
       f16 g[FEW];
-      sixteen_outputs(h, of, gates, o, m.intermediate, at.own.tail, [&](int64_t t, f16 v) { g[t] = silu(v); });
-      sixteen_outputs(h, of, ups, o, m.intermediate, at.own.tail, [&](int64_t t, f16 v) { put((W*)out.words + t * out.width + o, g[t] * v); });
+      sixteen_outputs(h, of, gates, o, m.intermediate, at.own.tail, [&](int64_t t) { return g + t; },
+                      [&](f16* to, f16 v) { *to = silu(v); });
+      sixteen_outputs(h, of, ups, o, m.intermediate, at.own.tail, [&](int64_t t) { return t; },
+                      [&](int64_t t, f16 v) { put((W*)out.words + t * out.width + o, g[t] * v); });
       return;
     }
     const int64_t words = h.num_words();
