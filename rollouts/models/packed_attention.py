@@ -13,7 +13,9 @@ Shapes: H query heads, K key/value heads, T tokens, d head width, n sequences.
 from __future__ import annotations
 
 import ctypes
+import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +30,11 @@ PACKED_ATTENTION = "rollouts_packed"
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Without a matrix unit, CPU attention is slower in bfloat16 than in float32 (torch's backward by up to 3x).
-_CPU_ATTENTION_DTYPE = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+
+# Without a matrix unit torch's attention on the CPU is slower in bfloat16 than in float32 (backward by up to 3x); ours
+# is faster, where the processor multiplies bfloat16.
+_TORCH_IN_HALF = torch.cpu._is_amx_tile_supported()
+_OURS_IN_HALF = torch.cpu._is_avx512_bf16_supported() and not _TORCH_IN_HALF
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -66,8 +71,10 @@ def packed_attention_forward(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = sliding_window if sliding_window is not None and (max_seqlen or 0) > sliding_window else None
     if query.device.type == "cpu" and window is None:
-        # Casts stand outside the operator, where torch.compile fuses them into their neighbors.
-        dtype = _CPU_ATTENTION_DTYPE if query.dtype == torch.bfloat16 else query.dtype
+        # Gradients of a prefix are summed over all that share it, and stay in float32 meanwhile. Casts stand outside
+        # the operator, where torch.compile fuses them into their neighbors.
+        half = _TORCH_IN_HALF or (_OURS_IN_HALF and prefixes is None)
+        dtype = torch.float32 if query.dtype == torch.bfloat16 and not half else query.dtype
         out, _ = packed_attention_cpu(query.to(dtype), key.to(dtype), value.to(dtype), cu_seqlens, scale, prefixes)
         return out.transpose(1, 2).to(query.dtype), None
     if query.is_cuda and query.dtype != torch.float32 and prefixes is None:
@@ -162,6 +169,9 @@ def packed_attention_cpu(
     lse = query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
     if _run_native("packed_attention_forward", query, key, value, cu_seqlens, scale, prefixes, out, lse):
         return out, lse
+    if query.dtype == torch.bfloat16 and not _TORCH_IN_HALF:  # no compiler
+        exact, lse = packed_attention_cpu(query.float(), key.float(), value.float(), cu_seqlens, scale, prefixes)
+        return out.copy_(exact), lse
     key, value = (_repeat_heads(x, query.shape[1]) for x in (key, value))
     for start, end, before, before_end in _spans(cu_seqlens, prefixes):
         q = query[:, :, start:end]
@@ -208,6 +218,10 @@ def _packed_attention_cpu_backward(
     grads = {"grad": grad, "grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value}
     if _run_native("packed_attention_backward", query, key, value, cu_seqlens, scale, prefixes, out, lse, **grads):
         return grad_query, grad_key, grad_value
+    if query.dtype == torch.bfloat16 and not _TORCH_IN_HALF:
+        wide = (x.float() for x in (grad, query, key, value, out))
+        exact = _packed_attention_cpu_backward(*wide, lse, cu_seqlens, scale, prefixes)
+        return grad_query.copy_(exact[0]), grad_key.copy_(exact[1]), grad_value.copy_(exact[2])
     num_kv_heads, num_heads = key.shape[1], query.shape[1]
     key, value = _repeat_heads(key, num_heads), _repeat_heads(value, num_heads)
     grad_key.zero_()
@@ -292,6 +306,14 @@ class _Call(ctypes.Structure):
     )
 
 
+@functools.cache
+def _compiled(function: str, dtype: torch.dtype) -> Any:
+    """The function of packed_attention.cpp for numbers of this kind; None = not here."""
+    names = {torch.float32: "float32"} | ({torch.bfloat16: "bfloat16"} if _OURS_IN_HALF else {})
+    library = native_library(Path(__file__).with_suffix(".cpp")) if dtype in names else None
+    return getattr(library, f"{function}_{names[dtype]}", None) if library is not None else None
+
+
 def _run_native(
     function: str,
     query: torch.Tensor,
@@ -305,10 +327,8 @@ def _run_native(
     **grads: torch.Tensor,
 ) -> bool:
     """Compute in C++, about twice as fast as torch: nothing above the diagonal, no call a sequence. False: not here."""
-    if query.dtype != torch.float32:
-        return False
-    library = native_library(Path(__file__).with_suffix(".cpp"))
-    if library is None:
+    run = _compiled(function, query.dtype)
+    if run is None:
         return False
     tensors = {"query": query, "key": key, "value": value, "out": out, **grads}
     tensors = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in tensors.items()}
@@ -327,4 +347,4 @@ def _run_native(
         threads=torch.get_num_threads(),
         scale=scale,
     )
-    return bool(getattr(library, function)(ctypes.byref(call)))
+    return bool(run(ctypes.byref(call)))

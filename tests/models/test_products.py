@@ -70,6 +70,16 @@ def test_the_compiled_way_is_taken_and_does_not_depend_on_threads(monkeypatch: p
 
 
 @needs_compiled
+def test_what_would_be_read_past_its_end_is_left_to_torch() -> None:
+    """Sixteen rows of a transposed matrix are read at a time, and pairs of numbers along K."""
+    right = matrix(32, 32, False)
+    for left, fits in ((matrix(48, 32, True), True), (matrix(40, 32, True), False), (matrix(40, 32, False), True)):
+        out = torch.empty(left.shape[0], 32, dtype=torch.bfloat16)
+        assert products._compute(left, right, out, None) == fits
+    assert not products._compute(matrix(48, 31, False), matrix(31, 32, False), torch.empty(48, 32).bfloat16(), None)
+
+
+@needs_compiled
 def test_what_is_not_a_number_stays_visible() -> None:
     a, b = matrix(64, 64, False), matrix(64, 64, False)
     a[5, 7] = torch.nan
