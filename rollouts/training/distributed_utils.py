@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-
 LONGEST_WAIT = 7 * 24 * 3600.0  # seconds for what one rank does alone: to tokenize all the data, to sample a batch
 
 
