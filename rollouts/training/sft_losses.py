@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from rollouts.models.products import add_product, product
 from rollouts.training.softmax_rows import RowColumns, softmax_rows_
 
-# Logits of one chunk, in elements: 8 Mi bfloat16 values are 16 MB. Each chunk lays out the output layer's weights anew.
-CHUNK_ELEMENTS = 1 << 23
+# Logits of one chunk, in elements: 64 MB in bfloat16. Each chunk lays out the output layer's weights anew.
+CHUNK_ELEMENTS = 1 << 25
 
 
 class LossOutput(NamedTuple):
