@@ -248,6 +248,24 @@ def test_attention_in_bfloat16_is_that_of_float64_rounded(head_dim: int, num_kv_
             assert mine.norm() < 0.02 * exact.norm() + 0.02  # gradients cancel where keys are few
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_half)])
+def test_what_is_not_a_number_stays_in_its_sequence(dtype: torch.dtype) -> None:
+    """Its neighbors have odd lengths: half a word of theirs is empty."""
+    torch.manual_seed(0)
+    lengths = [33, 7, 5]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    query, key, value = (torch.randn(1, 2, 45, 16, dtype=dtype) for _ in range(3))
+    for x in (query, key, value):
+        x[:, :, 33:40] = torch.nan
+        x.requires_grad_(True)
+    out, _ = packed_attention_cpu(query, key, value, bounds, 0.25)
+    out.backward(torch.where(out.isnan(), torch.nan, torch.ones_like(out)))
+    for x in (out, query.grad, key.grad, value.grad):
+        assert x is not None
+        before, within, after = x.split(lengths, dim=2)
+        assert before.isfinite().all() and after.isfinite().all() and within.isnan().all()
+
+
 @needs_half
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_model_in_bfloat16_computes_attention_in_it_unless_prefixes_are_shared(
