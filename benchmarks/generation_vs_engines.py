@@ -11,8 +11,9 @@ first token (TTFT) and the time per token after it (TPOT). Servers and clients s
 compiled unless --eager is given; SGLang runs on torch's own kernels, the only ones that it has on such a CPU.
 
 In process every arm has a process of its own and no server: `generate_batch` of the embedded engine, vLLM's `LLM`
-without its second process and with the allocator and the OpenMP that it asks for (its fastest way here), and
-transformers' `generate`, which is spared the log-probs. They take turns, round by round; the best round of each counts.
+without its second process and with the allocator and the OpenMP that it asks for (its fastest way here), transformers'
+`generate`, and its continuous batching, which are spared the log-probs. They take turns, round by round; the best round
+of each counts.
 """
 
 from __future__ import annotations
@@ -152,7 +153,12 @@ def work(arm: str, shape: str, rounds: IO[str]) -> None:
     import torch
     import transformers
 
-    from benchmarks.generation_vs_transformers import random_prompts, run_engine, run_transformers
+    from benchmarks.generation_vs_transformers import (
+        random_prompts,
+        run_continuous_batching,
+        run_engine,
+        run_transformers,
+    )
     from rollouts.inference import EmbeddedEngine
 
     torch.manual_seed(0)
@@ -162,7 +168,12 @@ def work(arm: str, shape: str, rounds: IO[str]) -> None:
     for line in rounds:
         count, seed = map(int, line.split())
         prompts = random_prompts(count, config.vocab_size, seed)
-        seconds = run_engine(engine, prompts, seed) if engine else run_transformers(model, prompts, None)
+        if engine:
+            seconds = run_engine(engine, prompts, seed)
+        elif arm == "generate":
+            seconds = run_transformers(model, prompts, None)
+        else:
+            seconds = run_continuous_batching(model, prompts)
         print("seconds", seconds, flush=True)
     if engine:
         engine.close()
@@ -203,7 +214,7 @@ def one_round(process: subprocess.Popen[str], concurrency: int, seed: int) -> fl
 
 
 def run_in_process(arguments: argparse.Namespace, folder: str) -> None:
-    arms = ["rollouts", "vllm", "generate"]
+    arms = ["rollouts", "vllm", "generate", "continuous"]
     if not (ROOT / ".engines" / "vllm" / "bin" / "python").exists():
         print("vllm is left out: .engines/vllm is missing (make test-engines installs it)")
         arms.remove("vllm")
@@ -212,7 +223,7 @@ def run_in_process(arguments: argparse.Namespace, folder: str) -> None:
         processes = {arm: stack.enter_context(working(arm, arguments.shape, folder, arguments.eager)) for arm in arms}
         for seed, process in enumerate(processes.values()):  # one after another: all that starting takes
             one_round(process, 1, seed)
-        others = "".join(f"{f'of {arm}':>12}" for arm in arms[1:])
+        others = "".join(f"{f'of {arm}':>14}" for arm in arms[1:])
         print(f"{'at':>5} " + "".join(f"{arm:>12}" for arm in arms) + others + "   tokens/s, and ours as a multiple")
         for concurrency in arguments.concurrency:
             best = dict.fromkeys(arms, float("inf"))
@@ -221,7 +232,7 @@ def run_in_process(arguments: argparse.Namespace, folder: str) -> None:
                     seconds = one_round(process, concurrency, 1000 * round_ + concurrency)
                     best[arm] = min(best[arm], seconds if round_ else float("inf"))
             rates = "".join(f"{concurrency * NEW_TOKENS / best[arm]:12,.0f}" for arm in arms)
-            ratios = "".join(f"{best[arm] / best['rollouts']:12.2f}" for arm in arms[1:])
+            ratios = "".join(f"{best[arm] / best['rollouts']:14.2f}" for arm in arms[1:])
             print(f"{concurrency:5} {rates}{ratios}", flush=True)
 
 
@@ -233,7 +244,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="vLLM without compilation")
     parser.add_argument("--in-process", action="store_true", help="no servers")
     parser.add_argument("--rounds", type=int, default=3, help="in process, after one that does not count")
-    parser.add_argument("--arm", choices=["rollouts", "generate"], help=argparse.SUPPRESS)
+    parser.add_argument("--arm", choices=["rollouts", "generate", "continuous"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.arm:
         return work(arguments.arm, arguments.shape, sys.stdin)

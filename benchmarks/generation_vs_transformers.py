@@ -58,6 +58,18 @@ def run_transformers(model: PreTrainedModel, prompts: list[list[int]], cache: st
     return seconds
 
 
+def run_continuous_batching(model: PreTrainedModel, prompts: list[list[int]]) -> float:
+    """The same with ``generate_batch``, transformers' continuous batching; it leaves the model with paged attention."""
+    options = transformers.GenerationConfig(
+        max_new_tokens=NEW_TOKENS, do_sample=True, temperature=1.0, top_k=0, eos_token_id=-1
+    )
+    started = time.perf_counter()
+    outputs = model.generate_batch(prompts, options)
+    seconds = time.perf_counter() - started
+    assert [len(output.generated_tokens) for output in outputs.values()] == [NEW_TOKENS] * len(prompts)
+    return seconds
+
+
 def random_prompts(count: int, vocab_size: int, seed: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, vocab_size, (count, PROMPT_TOKENS), generator=generator).tolist()
