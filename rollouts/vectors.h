@@ -29,22 +29,34 @@ inline f16 load(const bf16* p) {
   return (f16)(__builtin_convertvector(*(const h16*)p, u16) << 16);
 #endif
 }
-// Sixteen lines of sixteen numbers each -> the i-th line holding everybody's i-th number.
-template <class V>  // f16 or i16
-inline void transpose16(V* x) {
-#pragma GCC unroll 4
-  for (int s = 8; s >= 1; s /= 2) {  // swap blocks of s by s across the diagonal
-    i16 first, second;
-    for (int i = 0; i < 16; i++) first[i] = i & s ? i - s + 16 : i, second[i] = i & s ? i + 16 : i + s;
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++)
-      if (!(i & s)) {
-        const V a = x[i], b = x[i + s];
-        x[i] = __builtin_shuffle(a, b, first);
-        x[i + s] = __builtin_shuffle(a, b, second);
-      }
-  }
+typedef uint64_t u8 __attribute__((vector_size(64), aligned(4)));
+#define LOW_WORDS(a, b) (u8) __builtin_shuffle((u16)a, (u16)b, i16{0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29})
+#define HIGH_WORDS(a, b) (u8) __builtin_shuffle((u16)a, (u16)b, i16{2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31})
+#define LOW_PAIRS(a, b) __builtin_shuffle(a, b, u8{0, 8, 2, 10, 4, 12, 6, 14})
+#define HIGH_PAIRS(a, b) __builtin_shuffle(a, b, u8{1, 9, 3, 11, 5, 13, 7, 15})
+#define EVEN_FOURS(a, b) __builtin_shuffle(a, b, u8{0, 1, 4, 5, 8, 9, 12, 13})
+#define ODD_FOURS(a, b) __builtin_shuffle(a, b, u8{2, 3, 6, 7, 10, 11, 14, 15})
+
+// Sixteen lines of sixteen words each -> the i-th line holding everybody's i-th word, by shuffles that need no register for
+// their pattern.
+template <typename V>  // of 64 bytes
+inline void transpose16(V* v) {
+  u8 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) a[i] = LOW_WORDS(v[i], v[i + 1]), a[i + 1] = HIGH_WORDS(v[i], v[i + 1]);
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++)
+      b[i + 2 * j] = LOW_PAIRS(a[i + j], a[i + j + 2]), b[i + 2 * j + 1] = HIGH_PAIRS(a[i + j], a[i + j + 2]);
+  for (int i = 0; i < 16; i += 8)
+    for (int j = 0; j < 4; j++)
+      a[i + j] = EVEN_FOURS(b[i + j], b[i + j + 4]), a[i + j + 4] = ODD_FOURS(b[i + j], b[i + j + 4]);
+  for (int j = 0; j < 8; j++) v[j] = (V)EVEN_FOURS(a[j], a[j + 8]), v[j + 8] = (V)ODD_FOURS(a[j], a[j + 8]);
 }
+#undef LOW_WORDS
+#undef HIGH_WORDS
+#undef LOW_PAIRS
+#undef HIGH_PAIRS
+#undef EVEN_FOURS
+#undef ODD_FOURS
 
 inline float one(const float* p) { return *p; }
 inline float one(const bf16* p) {

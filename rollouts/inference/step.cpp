@@ -42,34 +42,6 @@ inline f16 multiply_add(f16 acc, u16 a, u16 b, bf16) {
 #endif
 }
 
-typedef uint64_t u8 __attribute__((vector_size(64), aligned(4)));
-#define LOW_WORDS(a, b) (u8) __builtin_shuffle((u16)a, (u16)b, i16{0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29})
-#define HIGH_WORDS(a, b) (u8) __builtin_shuffle((u16)a, (u16)b, i16{2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31})
-#define LOW_PAIRS(a, b) __builtin_shuffle(a, b, u8{0, 8, 2, 10, 4, 12, 6, 14})
-#define HIGH_PAIRS(a, b) __builtin_shuffle(a, b, u8{1, 9, 3, 11, 5, 13, 7, 15})
-#define EVEN_FOURS(a, b) __builtin_shuffle(a, b, u8{0, 1, 4, 5, 8, 9, 12, 13})
-#define ODD_FOURS(a, b) __builtin_shuffle(a, b, u8{2, 3, 6, 7, 10, 11, 14, 15})
-
-// Sixteen vectors of sixteen words, by shuffles that need no register for their pattern.
-template <typename V>
-inline void transpose(V* v) {
-  u8 a[16], b[16];
-  for (int i = 0; i < 16; i += 2) a[i] = LOW_WORDS(v[i], v[i + 1]), a[i + 1] = HIGH_WORDS(v[i], v[i + 1]);
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; j++)
-      b[i + 2 * j] = LOW_PAIRS(a[i + j], a[i + j + 2]), b[i + 2 * j + 1] = HIGH_PAIRS(a[i + j], a[i + j + 2]);
-  for (int i = 0; i < 16; i += 8)
-    for (int j = 0; j < 4; j++)
-      a[i + j] = EVEN_FOURS(b[i + j], b[i + j + 4]), a[i + j + 4] = ODD_FOURS(b[i + j], b[i + j + 4]);
-  for (int j = 0; j < 8; j++) v[j] = (V)EVEN_FOURS(a[j], a[j + 8]), v[j + 8] = (V)ODD_FOURS(a[j], a[j + 8]);
-}
-#undef LOW_WORDS
-#undef HIGH_WORDS
-#undef LOW_PAIRS
-#undef HIGH_PAIRS
-#undef EVEN_FOURS
-#undef ODD_FOURS
-
 // Sixteen outputs of up to FEW tokens, x [NT, words], w [16, words]: y[t] holds the outputs of token t.
 template <typename W, int NT>
 inline void few_tokens(const uint32_t* x, const uint32_t* w, int64_t words, f16* y) {
@@ -81,7 +53,7 @@ inline void few_tokens(const uint32_t* x, const uint32_t* w, int64_t words, f16*
       m[i] = *(const u16*)(w + i * words + u);
       __builtin_prefetch(w + 16 * words + 16 * (u + i), 0, 2);  // the next sixteen outputs, in the order of memory
     }
-    transpose(m);
+    transpose16(m);
     for (int j = 0; j < 16; j++)
       for (int t = 0; t < NT; t++) acc[t] = multiply_add(acc[t], u16{} + x[t * words + u + j], m[j], W());
   }
@@ -90,7 +62,7 @@ inline void few_tokens(const uint32_t* x, const uint32_t* w, int64_t words, f16*
       m[i] = u16{};
       memcpy(&m[i], w + i * words + u, 32);
     }
-    transpose(m);
+    transpose16(m);
     for (int j = 0; j < 8; j++)
       for (int t = 0; t < NT; t++) acc[t] = multiply_add(acc[t], u16{} + x[t * words + u + j], m[j], W());
   }
@@ -177,7 +149,7 @@ inline void sixteen_outputs(const Inputs<W>& x, Tokens of, const W* weights, int
     for (int64_t b = 0; b < 4 && t0 + b * 16 < of.end; b++) {
       f16 v[16];
       for (int i = 0; i < 16; i++) v[i] = y[i][b];
-      transpose(v);
+      transpose16(v);
       for (int64_t t = t0 + b * 16, i = 0; i < 16 && t < of.end; i++, t++) use(place(t), v[i]);
     }
   }
@@ -270,7 +242,7 @@ inline void pack_rows(const W* rows, int64_t t, const Inputs<W>& out) {
     const int64_t n = words - u < 16 ? words - u : 16;
     u16 v[16] = {};
     for (int i = 0; i < 16 && t + i < out.tokens; i++) memcpy(&v[i], (const uint32_t*)rows + (t + i) * words + u, n * 4);
-    transpose(v);
+    transpose16(v);
     for (int i = 0; i < n; i++) *(u16*)(to + (u + i) * 16) = v[i];
   }
 }
@@ -291,7 +263,7 @@ inline void norm(X x, int64_t t, int64_t end, const W* w, float eps, const Input
   for (int64_t c = 0; c < C; c += 16) {
     f16 v[16];
     for (int i = 0; i < 16; i++) v[i] = t0 + i < end ? load(x(t0 + i) + c) * scales[i] : f16{};
-    transpose(v);
+    transpose16(v);
     for (int i = 0; i < 16; i++) v[i] *= one(w + c + i);
     pack<W>(v, to + c / elements<W> * 16);
   }
