@@ -22,7 +22,7 @@ import torch
 # torch's own copy of the OpenMP runtime: a second one would bring threads of its own that fight for the cores.
 OPENMP = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
 
-HEADERS = Path(__file__).parent  # which every source may include from: vectors.h
+HEADERS = Path(__file__).parent  # which every source may include from: vectors.h, products.h
 
 _FLAGS = "-O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp -fPIC -std=c++20 -Wno-psabi"
 

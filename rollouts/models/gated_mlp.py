@@ -2,7 +2,7 @@
 
 ``down(silu(gate(x)) * up(x))`` needs three products and, going back, six more. Computed together, what one product
 gives goes through the activation and into the next while it is in the cache, and is laid out once for those that read
-it. Where products.cpp is not used, neither is this.
+it. Where products are left to torch, so are these.
 
 Shapes: T tokens, D numbers of a token, I numbers between the layers.
 """
@@ -10,6 +10,8 @@ Shapes: T tokens, D numbers of a token, I numbers between the layers.
 from __future__ import annotations
 
 import ctypes
+import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from rollouts.models.products import PLAIN_LINEARS, compiled_products
+from rollouts.native import native_library
 
 # Modules that are known to compute down(act(gate(x)) * up(x)) and nothing else.
 GATED_MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP)
@@ -31,6 +34,12 @@ _LIBRARY.define(
     "gated_mlp_backward(Tensor grad, Tensor x, Tensor gate_up, Tensor gate, Tensor up, Tensor down, bool[2] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
+
+
+@functools.cache
+def _compiled() -> Any:
+    """The functions of gated_mlp.cpp; None where products are left to torch."""
+    return None if compiled_products() is None else native_library(Path(__file__).with_suffix(".cpp"))
 
 
 def _forward(
@@ -78,11 +87,11 @@ def _fake_backward(
 
 
 def _call(function: str, tensors: tuple[torch.Tensor | None, ...], shape: torch.Size) -> None:
-    """By products.cpp; ``shape``: [I, D]."""
+    """By gated_mlp.cpp; ``shape``: [I, D]."""
     assert tensors[0] is not None
     sizes = (tensors[0].numel() // shape[1], shape[1], shape[0], torch.get_num_threads())
     addresses = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-    if not getattr(compiled_products(), function)(*addresses, *map(ctypes.c_int64, sizes)):
+    if not getattr(_compiled(), function)(*addresses, *map(ctypes.c_int64, sizes)):
         raise MemoryError(f"no memory for a gated layer of {sizes[0]} tokens by {shape[0]}")
 
 
@@ -125,7 +134,7 @@ class BFloat16GatedMLP(nn.Module):
 
 def use_gated_products(model: nn.Module) -> None:
     """Turn the gated layers of ``model`` into ``BFloat16GatedMLP`` where that is faster."""
-    if compiled_products() is None:
+    if _compiled() is None:
         return
     for module in model.modules():
         if type(module) in GATED_MLPS and _is_plain(module):
@@ -133,7 +142,7 @@ def use_gated_products(model: nn.Module) -> None:
 
 
 def _is_plain(mlp: nn.Module) -> bool:
-    """SiLU between layers without biases or adapters, of sizes that products.cpp takes."""
+    """SiLU between layers without biases or adapters, of sizes that gated_mlp.cpp takes."""
     linears = [getattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")]
     if not isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation)):
         return False
