@@ -1,9 +1,13 @@
 """The book of dealt prompts: each is consumed once or dropped for a reason, and never lost, whatever is killed when.
 
     dealt ──► waiting ──► in flight ──► ready ──► consumed(step)
-                 ▲            │ │          │
-                 └─ requeued ─┘ └──────────┼────► dropped(reason)
-                 └─ stale ─────────────────┘
+                 ▲            │ ├──────────┼────► rejected(reason) ──► dropped(reason)
+                 │            │ └──────────┼───────────┼─────────────► dropped(refused)
+                 └─ requeued ─┘            │           │
+                 └─ stale ─────────────────┴───────────┘
+
+A rejected group is dropped once it is certain to stand before the end of the next batch. Behind it it is as open as a
+ready one there, for the next weights to answer: otherwise whether it was judged in time would decide what is learned.
 
 A checkpoint holds how many prompts were dealt, the frontier (all dealt before it are closed: consumed or dropped) and
 every open group from there on. A group that was in flight is waiting again when it is loaded, under the same attempt
@@ -31,6 +35,7 @@ class GroupState(StrEnum):
     WAITING = "waiting"
     IN_FLIGHT = "in_flight"
     READY = "ready"
+    REJECTED = "rejected"
 
 
 @dataclass(eq=False)
@@ -46,6 +51,7 @@ class Group:
         weight_version: of the weights when its first token was asked for.
         batch: the number of the batch that was being filled when it was first begun; None before.
         finished: its place in the order in which groups became ready.
+        rejected: why it is rejected; empty otherwise.
     """
 
     number: int
@@ -57,6 +63,7 @@ class Group:
     weight_version: int = 0
     batch: int | None = None
     finished: int = 0
+    rejected: str = ""
 
     @property
     def id(self) -> str:
@@ -137,8 +144,9 @@ class Ledger:
     def frontier(self) -> int:
         return min(self.open, default=self.num_dealt)
 
-    def groups(self, state: GroupState) -> list[Group]:
-        return [group for group in self.open.values() if group.state is state]
+    def groups(self, *states: GroupState) -> list[Group]:
+        """Open groups in one of ``states``, in the order they were dealt."""
+        return [group for group in self.open.values() if group.state in states]
 
     def deal(self, dealt: Any, epoch_id: int) -> Group:
         prompt = as_prompt(dealt)
@@ -162,10 +170,10 @@ class Ledger:
             self.requeued[reason] += 1
         group.samples = pending_samples(group.prompt, group.number, self.n_samples)
         group.attempt += failed
-        group.finished = 0
+        group.finished, group.rejected = 0, ""
 
     def wait(self, group: Group) -> None:
-        """The group is no longer in flight, or was ready and cannot be used; it keeps what it has."""
+        """The group is no longer in flight, or was judged and cannot be used; it keeps what it has."""
         self._check_open(group)
         group.state = GroupState.WAITING
 
@@ -173,6 +181,10 @@ class Ledger:
         self._move(group, GroupState.IN_FLIGHT, GroupState.READY)
         self.num_ready += 1
         group.finished = self.num_ready
+
+    def reject(self, group: Group, reason: str) -> None:
+        self._move(group, GroupState.IN_FLIGHT, GroupState.REJECTED)
+        group.rejected = reason
 
     def drop(self, group: Group, reason: str) -> None:
         self._check_open(group)
@@ -252,6 +264,7 @@ def _group_state(group: Group) -> dict[str, Any]:
         "weight_version": group.weight_version,
         "batch": group.batch,
         "finished": group.finished,
+        "rejected": group.rejected,
     }
 
 

@@ -6,7 +6,7 @@
       first, or deal new ones, up to              fails, times out: forget the samples, back off, try again
       the number allowed                          refused for good: drop the group, counted
     wait for the event `changed`                reward_fn on each of its samples (RewardRunner)
-      ...                                 <---  filter_fn: ready, or dropped and counted; set `changed`
+      ...                                 <---  filter_fn: ready or rejected; set `changed`
     not enough groups ready: admit again
     enough: take them, close their books
     abort what is left, unless `overlap`  --->  generate_fn.abort() or cancellation; each task puts back what it has
@@ -239,7 +239,7 @@ class AsyncRolloutManager:
         """Begin groups, the oldest first, until as many are begun (in flight or ready) as may be."""
         if self._stopping or self._error is not None:
             return
-        begun = sum(group.state is not GroupState.WAITING for group in self.ledger.open.values())
+        begun = len(self.ledger.groups(GroupState.IN_FLIGHT, GroupState.READY))
         needed = self._in_order()[: self.config.batch_size] if self._filling else []
         for group in self.ledger.groups(GroupState.WAITING):
             if begun < self._most_begun() or group in needed:
@@ -293,7 +293,7 @@ class AsyncRolloutManager:
 
     def _full_batch(self) -> list[Group] | None:
         """The groups of the next batch in the order they were dealt, or None while it is not certain which they are."""
-        for group in self.ledger.groups(GroupState.READY):
+        for group in self.ledger.groups(GroupState.READY, GroupState.REJECTED):
             if self._staleness(group) > self.config.max_staleness:
                 if group.weight_version == self.weight_version:  # begun when the engine should have had the newest
                     raise RolloutError(
@@ -303,14 +303,41 @@ class AsyncRolloutManager:
                     )
                 self.ledger.wait(group)
                 self.ledger.restart(group, "stale")
+        self._drop_rejected()
         chosen = self._in_order()[: self.config.batch_size]
         if len(chosen) < self.config.batch_size or any(group.state is not GroupState.READY for group in chosen):
             return None
         return sorted(chosen, key=lambda group: group.number)
 
+    def _drop_rejected(self) -> None:
+        """Drop the rejected groups that stand before the end of the batch, whatever comes of those in flight."""
+        ahead = 0
+        for group in list(self.ledger.open.values()):
+            if group.state is GroupState.REJECTED:
+                self._drop(group)
+            elif (ahead := ahead + 1) == self.config.batch_size and self.config.order == "dealt":
+                return
+
+    def _drop(self, group: Group) -> None:
+        self.ledger.drop(group, group.rejected)
+        dropped = self.ledger.dropped - self._before[0]
+        total = dropped.total()
+        if 0 < self.config.max_dropped_groups <= total:
+            raise RolloutError(
+                f"{total} rollout groups were dropped for one batch ({dict(dropped)}); "
+                "loosen filter_fn or raise max_dropped_groups"
+            )
+        if total >= 32 and total & (total - 1) == 0:  # at 32, 64, 128, ...
+            logger.warning(
+                "%d rollout groups were dropped for this batch so far (%s), and others take their place; "
+                "max_dropped_groups would end that",
+                total,
+                dict(dropped),
+            )
+
     def _in_order(self) -> list[Group]:
         """Open groups in the order in which they are consumed, as far as it is known."""
-        groups = list(self.ledger.open.values())
+        groups = self.ledger.groups(GroupState.WAITING, GroupState.IN_FLIGHT, GroupState.READY)
         if self.config.order == "dealt":
             return groups
         batch = self.ledger.num_batches
@@ -471,9 +498,9 @@ class AsyncRolloutManager:
             self._reward_report += report
         group.samples = samples  # not before: a group put back while it is scored is transformed and scored again
 
-    def _drop_unjudged(self, group: Group) -> None:
+    def _reject_unjudged(self, group: Group) -> None:
         """Raises RolloutError when it is no accident any more that no sample gets a reward."""
-        self.ledger.drop(group, "no_reward")
+        self.ledger.reject(group, "no_reward")
         self._unjudged_in_a_row += len(group.samples)
         if self._unjudged_in_a_row >= MOST_UNJUDGED:
             why = group.samples[-1].metadata.get("reward_error", "it has no whole response")
@@ -483,30 +510,14 @@ class AsyncRolloutManager:
             )
 
     def _decide(self, group: Group) -> None:
-        config = self.config
         if any(s.reward is not None for s in group.samples):
             self._unjudged_in_a_row = 0
         if self._rewards is not None and all(s.reward is None for s in group.samples):
-            self._drop_unjudged(group)
-        elif config.filter_fn is not None and not (verdict := judge(config.filter_fn, group.samples)):
-            self.ledger.drop(group, verdict.reason)
+            self._reject_unjudged(group)
+        elif self.config.filter_fn is not None and not (verdict := judge(self.config.filter_fn, group.samples)):
+            self.ledger.reject(group, verdict.reason)
         else:
             self.ledger.ready(group)
-            return
-        dropped = self.ledger.dropped - self._before[0]
-        if 0 < config.max_dropped_groups <= dropped.total():
-            raise RolloutError(
-                f"{dropped.total()} rollout groups were dropped for one batch ({dict(dropped)}); "
-                "loosen filter_fn or raise max_dropped_groups"
-            )
-        total = dropped.total()
-        if total >= 32 and total & (total - 1) == 0:  # at 32, 64, 128, ...
-            logger.warning(
-                "%d rollout groups were dropped for this batch so far (%s), and others take their place; "
-                "max_dropped_groups would end that",
-                total,
-                dict(dropped),
-            )
 
 
 class BadGeneration(UserError):

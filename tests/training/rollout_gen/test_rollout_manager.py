@@ -80,7 +80,8 @@ async def test_groups_are_scored_before_they_are_filtered_and_replaced_until_the
     assert manager.ledger.num_dealt == len(consumed) + dropped + len(manager.ledger.open)
 
 
-async def test_what_the_order_of_finishing_is_does_not_matter() -> None:
+@pytest.mark.parametrize("over_sampling", [1.0, 2.0])
+async def test_what_the_order_of_finishing_is_does_not_matter(over_sampling: float) -> None:
     async def run(pace: int) -> list[list[Any]]:
         rng = random.Random(pace)
 
@@ -88,13 +89,55 @@ async def test_what_the_order_of_finishing_is_does_not_matter() -> None:
             await anyio.sleep(rng.uniform(0, 0.004))
 
         async def reward(sample: Sample) -> float:
-            return len(sample.tokens) % 3
+            return random.Random(f"{sample.metadata['seed']} {sample.weight_versions[0].version}").randrange(2)
 
-        settings = config(Writer(trouble=wait), reward_fn=reward, filter_fn=check_reward_nonzero_std, seed=5)
+        writer = Writer(trouble=wait, longest=4)
+        settings = config(
+            writer, reward_fn=reward, filter_fn=check_reward_nonzero_std, seed=5, over_sampling_factor=over_sampling,
+            n_samples_per_prompt=2,
+        )  # fmt: skip
+        batches = []
         async with AsyncRolloutManager(numbered(10), settings) as manager:
-            return [[s.to_dict() for s in batch.samples] for batch in await manager.generate_batches(4)]
+            for step in range(8):
+                writer.version = step // 2
+                batches.append([s.to_dict() for s in (await manager.generate_batch()).samples])
+        return batches
 
-    assert await run(1) == await run(2)
+    assert await run(1) == await run(2) == await run(3)
+
+
+async def test_a_group_behind_the_batch_is_judged_by_what_the_next_weights_say() -> None:
+    """Whether it was rejected before the batch was full or never got so far must not show."""
+
+    async def run(last_first: bool) -> list[str]:
+        rejected = anyio.Event()
+        writer = Writer()
+
+        async def hold(sample: Sample, done: int) -> None:
+            if writer.version == 0 and (sample.group_id == "4") != last_first:
+                await (anyio.sleep_forever() if sample.group_id == "4" else rejected.wait())
+
+        def newest(group: list[Sample]) -> bool:
+            if group[0].group_id == "4":
+                rejected.set()
+            return group[0].group_id != "4" or writer.version > 0
+
+        writer.hold = hold
+        settings = config(writer, filter_fn=newest, over_sampling_factor=1.25)
+        async with AsyncRolloutManager(numbered(10), settings) as manager:
+            first = await manager.generate_batch()
+            assert rejected.is_set() == last_first
+            state = json.loads(json.dumps(manager.state_dict()))
+            writer.version = 1
+            second = await manager.generate_batch()
+        resumed = AsyncRolloutManager(numbered(10), settings)
+        resumed.load_state_dict(state)
+        again = await resumed.generate_batch()
+        assert [s.to_dict() for s in again.samples] == [s.to_dict() for s in second.samples]
+        assert second.metadata["dropped"] == {}
+        return prompt_ids(first.samples + second.samples, 3)
+
+    assert await run(last_first=True) == await run(last_first=False) == dealt(10, 8)
 
 
 async def test_a_seed_for_every_sample_of_every_attempt() -> None:
