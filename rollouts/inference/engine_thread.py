@@ -204,10 +204,10 @@ class EngineThread:
     def _finish(self, sample: LiveSample, reason: StopReason, match: int | str | None = None) -> None:
         request = sample.request
         completion = sample.complete(reason, match)
-        request.completions[sample.index] = completion
         if request.streaming:
             self._tell_tokens(sample)
             request.chunks.append(CompletionChunk(sample.index, [], [], [], completion))
+        request.completions[sample.index] = completion  # last: whoever finds the request done has all of its chunks
         if request.done:
             self._requests.discard(request)
         if request.done or request.streaming:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import aclosing
+from dataclasses import replace
 
 import anyio
+import anyio.to_thread
 import pytest
 import torch
 from plain import plain_greedy, plain_log_probs, random_prompt
@@ -14,6 +18,8 @@ from transformers import PreTrainedModel
 
 from rollouts.errors import UserError
 from rollouts.inference import Completion, CompletionChunk, EmbeddedEngine, SamplingParams, StopReason
+from rollouts.inference import engine as engine_module
+from rollouts.inference.sequences import Request
 from rollouts.training.types import WeightSpan
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -80,6 +86,38 @@ async def test_streams_give_every_token_and_then_the_completion(engine: Embedded
     assert [tokens[i] for i in (0, 1)] == [c.token_ids for c in expected]
     assert [finals[i].token_ids for i in (0, 1)] == [c.token_ids for c in expected]
     assert [log_probs[i] for i in (0, 1)] == [finals[i].log_probs for i in (0, 1)]
+
+
+async def test_a_stream_that_looks_while_its_end_is_told_misses_nothing(
+    engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's thread is held where it hands over the last chunk, until the stream has taken all before it."""
+    begun, ending, go_on = threading.Event(), threading.Event(), threading.Event()
+
+    class Held(deque[CompletionChunk]):
+        num_appended = 0
+
+        def append(self, chunk: CompletionChunk) -> None:
+            self.num_appended += 1
+            if self.num_appended == 2:
+                assert begun.wait(120)
+            if chunk.completion is not None:
+                ending.set()
+                assert go_on.wait(120)
+            super().append(chunk)
+
+    monkeypatch.setattr(engine_module, "Request", lambda *args: replace(Request(*args), chunks=Held()))
+    chunks: list[CompletionChunk] = []
+    async with aclosing(engine.stream([7, 8, 9], SamplingParams(max_tokens=30, seed=4, ignore_eos=True))) as stream:  # type: ignore[type-var]
+        chunks.append(await anext(stream))
+        begun.set()
+        await anyio.to_thread.run_sync(ending.wait, 120)
+        chunks.append(await anext(stream))
+        go_on.set()
+        chunks += [chunk async for chunk in stream]
+    final = chunks[-1].completion
+    assert final is not None and len(final.token_ids) == 30
+    assert final.token_ids == [token for chunk in chunks for token in chunk.token_ids]
 
 
 async def test_cancelling_frees_rows_and_pages(engine: EmbeddedEngine) -> None:
