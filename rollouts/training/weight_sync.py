@@ -361,8 +361,8 @@ class WeightSyncManager:
             weights = await anyio.to_thread.run_sync(self._prepare, weights, job.version)
         members = {i: engine for i, engine in enumerate(self._slots) if engine is not None} | self._returning
         places = sorted(members)
-        self._returning = {}
         results = await _sync_all([members[i] for i in places], weights, job.version, job.mode, *self._check)
+        self._returning = {}  # not before: whoever needs an engine meanwhile waits for those
         # From here on this is what an engine must serve, whether all could take it or not.
         self.version = job.version
         self._kept = weights if self._prepare is not None or isinstance(weights, str | Path) else None

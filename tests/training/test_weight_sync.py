@@ -326,6 +326,42 @@ async def test_syncs_out_of_memory_wait_for_the_next(
                 await assert_serves(inner[1], models["c"])
 
 
+async def test_an_engine_that_is_given_weights_on_its_way_back_is_waited_for(
+    make_tiny_model: Callable[..., PreTrainedModel], models: Models
+) -> None:
+    """It is the only one: a request that finds none there meanwhile must not take all for lost."""
+    asked, allowed, found = anyio.Event(), anyio.Event(), anyio.Event()
+
+    class Slow(Fragile):
+        async def update_weights(self, weights: Any, version: int, mode: Any) -> int:
+            if version == 2:
+                asked.set()
+                await allowed.wait()
+            return await self.inner.update_weights(weights, version, mode)
+
+    async def restart(engine: InferenceEngine) -> InferenceEngine:
+        return engine
+
+    async def wait(manager: WeightSyncManager) -> None:
+        await manager.wait_for_engine()
+        found.set()
+
+    with EmbeddedEngine(make_tiny_model(initializer_range=0.2), max_length=256) as inner:
+        engine = Slow(inner)
+        with anyio.fail_after(240):
+            async with WeightSyncManager([engine], restart, restart_delays=[0.01]) as manager:  # type: ignore[list-item]
+                await manager.sync(models["b"])
+                await manager.drop(engine)  # type: ignore[arg-type]
+                future = manager.sync(models["c"])
+                await asked.wait()
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(wait, manager)
+                    await anyio.wait_all_tasks_blocked()
+                    assert not found.is_set()
+                    allowed.set()
+                assert [result.version for result in await future] == [2] and manager.engines == [engine]
+
+
 async def test_what_was_asked_of_a_closed_manager_fails(folders: dict[str, Path], monkeypatch: Any) -> None:
     """The syncs that wait behind another too: nobody waits for them for ever."""
     monkeypatch.setattr(remote_engines, "HEALTH_SECONDS", 0.1)
