@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
+
+from rollouts.inference import Completion, SamplingParams
+from rollouts.inference.random_numbers import stream_start, uniforms
+
+ROUNDING = 1e-4  # of log-probs, and of what they add up to
 
 
 def random_prompt(length: int, seed: int = 0) -> list[int]:
@@ -28,3 +35,44 @@ def plain_greedy(model: PreTrainedModel, prompt: list[int], count: int, **option
     # Without a mask, transformers would take padding tokens that the model itself has sampled for padding.
     settings = {"attention_mask": torch.ones_like(ids), "eos_token_id": None, "do_sample": False, **options}
     return model.generate(ids, max_new_tokens=count, **settings)[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def assert_greedy(model: PreTrainedModel, prompt: list[int], sampled: list[int]) -> None:
+    """Each token is the likeliest, or as likely up to rounding."""
+    logits = model(torch.tensor([prompt + sampled])).logits[0, len(prompt) - 1 : -1]
+    chosen = logits.gather(-1, torch.tensor(sampled)[:, None])[:, 0]
+    assert (logits.amax(-1) - chosen).max() < ROUNDING
+
+
+@torch.no_grad()
+def assert_same_draws(
+    model: PreTrainedModel,
+    prompt: list[int],
+    params: SamplingParams,
+    first: Completion,
+    second: Completion,
+    allowed: Callable[[list[int]], torch.Tensor] | None = None,
+) -> None:
+    """One seed gave the same tokens twice, up to where its random number fell on the edge between two of them.
+
+    There the last bits of the logits choose, which depend on who shares the matrix products: that befalls about one
+    token in a hundred thousand, and so now and then an example that nobody has picked. ``allowed`` tells which tokens
+    [V] may follow those sampled so far.
+    """
+    if first.token_ids == second.token_ids:
+        return
+    pairs = list(zip(first.token_ids, second.token_ids, strict=False))
+    at = next(i for i, (a, b) in enumerate(pairs) if a != b)  # none: one goes on where the other has ended
+    sampled = first.token_ids[:at]
+    logits = model(torch.tensor([prompt + sampled])).logits[0, -1].double()
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed(sampled), float("-inf"))
+    low, high = sorted(pairs[at])
+    if params.greedy:
+        assert (logits.max() - logits[[low, high]]).max() < ROUNDING
+        return
+    assert isinstance(params.seed, int)
+    (number,) = uniforms(np.array([stream_start(params.seed, first.sample_index)]), np.array([at]))
+    edges = (logits / params.temperature).softmax(-1).cumsum(-1)[low:high]
+    assert (edges - float(number)).abs().max() < ROUNDING

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import anyio
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from plain import plain_log_probs, random_prompt
+from plain import assert_same_draws, plain_log_probs, random_prompt
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rollouts.errors import UserError
 from rollouts.inference import Completion, EmbeddedEngine, SamplingParams, StopReason
+from rollouts.inference.grammars import BoundText, TokenMasks, unpack_bits
 
 SCHEMA = {
     "type": "object",
@@ -117,7 +120,20 @@ def test_preemptions_joins_and_shared_prefills_do_not_change_a_bound_sample(
         cache_bytes=page_bytes * data.draw(st.integers(8, 16)), step_tokens=data.draw(st.sampled_from([16, 512])),
     ) as tight:  # fmt: skip
         got = tight.generate_batch(prompts, params)
-    assert [c.token_ids for c in got] == [c.token_ids for c in expected]
+    flat = [(prompt, p) for prompt, p in zip(prompts, params, strict=True) for _ in range(p.n)]
+    for (prompt, p), first, second in zip(flat, expected, got, strict=True):
+        bound = functools.partial(allowed_after, engine._grammars.bound_text(p))
+        assert_same_draws(peaked_model, prompt, p, first, second, bound)
+
+
+def allowed_after(text: BoundText | None, sampled: list[int]) -> torch.Tensor:
+    """Which tokens [V] may follow."""
+    if text is None:
+        return torch.ones(512, dtype=torch.bool)
+    masks = TokenMasks([text.copy()], 512)
+    for token in sampled:
+        masks.consume(np.array([0]), np.array([token]))
+    return unpack_bits(masks.bits(), 512)[0]
 
 
 def test_preemption_really_happens_to_bound_samples(
