@@ -70,12 +70,15 @@ def copy_step(recipe: RLRecipe, step: Path, run_folder: Path) -> None:
     from rollouts.training.checkpoints import verify_checkpoint
 
     copy_checkpoint(step, run_folder)
-    for name in ("critic", "process_reward"):
-        if getattr(recipe, name) is not None:
-            checkpoints = f"{name}_checkpoints"  # beside the policy's, as build_companion has it
-            beside = step.parent.parent / checkpoints / step.name
-            verify_checkpoint(beside)
-            copy_checkpoint(beside, run_folder, checkpoints)
+    companions = {
+        "critic": recipe.critic is not None and not recipe.shares_trunk,
+        "process_reward": recipe.process_reward is not None,
+    }
+    for name in (name for name, has_own in companions.items() if has_own):
+        checkpoints = f"{name}_checkpoints"  # beside the policy's, as build_companion has it
+        beside = step.parent.parent / checkpoints / step.name
+        verify_checkpoint(beside)
+        copy_checkpoint(beside, run_folder, checkpoints)
 
 
 async def train_and_log(recipe: RLRecipe, rl: RLRun) -> list[dict[str, Any]]:

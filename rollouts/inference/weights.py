@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rollouts.errors import UserError
+from rollouts.models.critic import without_value_head
 
 
 @torch.no_grad()
@@ -18,8 +19,8 @@ def copy_weights(source: Mapping[str, torch.Tensor] | nn.Module, model: nn.Modul
     Raises:
         UserError: a name is unknown or missing, a shape differs or something is no tensor; the model is unchanged then.
     """
-    given = dict(source.named_parameters() if isinstance(source, nn.Module) else source)
-    own: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    given = _parameters(source) if isinstance(source, nn.Module) else dict(source)
+    own = without_value_head(dict(model.named_parameters(remove_duplicate=False)))
     if hasattr(model, "peft_config"):
         adapter = _adapter(model)
         if given and given.keys() <= adapter.keys():
@@ -52,7 +53,7 @@ def _adapter(model: nn.Module) -> dict[str, torch.Tensor]:
 def weights_checksum(model: nn.Module) -> str:
     """SHA-256 (hex) over name, dtype, shape and bytes of every parameter in order of names; tied ones count once."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(_parameters(model).items()):
         digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -62,5 +63,10 @@ def weights_digests(model: nn.Module) -> dict[str, str]:
     """SHA-256 (hex) of the bytes of each parameter, by name; tied ones are there once."""
     return {
         name: hashlib.sha256(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
-        for name, p in model.named_parameters()
+        for name, p in _parameters(model).items()
     }
+
+
+def _parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What an engine serves; tied parameters are there once."""
+    return without_value_head(dict(model.named_parameters()))

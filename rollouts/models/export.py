@@ -12,6 +12,7 @@ import torch
 
 from rollouts.errors import UserError
 from rollouts.models import lora
+from rollouts.models.critic import without_value_head
 from rollouts.models.folders import check_free, new_folder
 from rollouts.models.load import (
     ADAPTER_CONFIG,
@@ -87,7 +88,7 @@ def write_model(
     For callers that make the whole folder appear at once themselves; everyone else calls ``export_model``.
     """
     quiet_on_pipe()
-    weights = dict(state_dict)
+    weights = without_value_head(state_dict)
     if hasattr(model, "peft_config"):
         lora.write_adapter(model, folder, weights)
     else:

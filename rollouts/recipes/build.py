@@ -113,6 +113,7 @@ def build_backend(
     device: torch.device,
     num_steps: int,
     use_fsdp: bool,
+    value_head_lr: float | None = None,
 ) -> PyTorchTrainingBackend:
     """One device's backend, or the FSDP backend over all ranks."""
     from rollouts.training.backends import pytorch_factory as factory
@@ -123,6 +124,7 @@ def build_backend(
         "checkpoint_dir": Path(recipe.run_dir) / "checkpoints",
         "precision": recipe.model.precision,
         "optimizer": OptimizerConfig(**recipe.optimizer.model_dump()),
+        "value_head_lr": value_head_lr,
         "schedule": ScheduleConfig(**recipe.schedule.model_dump()),
         "num_steps": num_steps,
         "device": device,

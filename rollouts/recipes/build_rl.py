@@ -17,10 +17,10 @@ from rollouts.errors import UserError
 from rollouts.inference import EmbeddedEngine, SamplingParams
 from rollouts.inference.protocol import InferenceEngine, Sampler
 from rollouts.models import load_hf_model, parse_dtype
-from rollouts.models.critic import make_critic
+from rollouts.models.critic import add_value_head, make_critic
 from rollouts.models.load import cast_parameters
 from rollouts.providers import ProviderError
-from rollouts.recipes.rl_schema import RLRecipe
+from rollouts.recipes.rl_schema import Critic, RLRecipe
 from rollouts.recipes.schema import DataSpec
 from rollouts.training.algorithms.advantages import ESTIMATORS
 from rollouts.training.algorithms.policy_losses import POLICY_LOSSES, PolicyLossConfig
@@ -149,13 +149,18 @@ def build_run(
     extras: dict[str, Any] = {}
     if recipe.needs_reference and recipe.model.lora is None:
         extras["reference"] = FrozenModel(model, device, precision)
-    if recipe.critic is not None:
+    if recipe.critic is not None and not recipe.shares_trunk:
         extras["critic"] = build_critic(recipe, model, device, use_fsdp)
-
     if recipe.process_reward is not None:
         extras["process"] = build_process_rewards(recipe, model, tokenizer, device, use_fsdp)
 
+    if recipe.shares_trunk:
+        if not isinstance(functions.loss, str):
+            raise UserError("critic.shared needs a policy loss by name; take another loss.name or a critic of its own")
+        add_value_head(model)  # not before the copies, which have no use for it
     backend = build_backend(recipe, model, tokenizer, device, use_fsdp)
+    if recipe.shares_trunk:
+        extras["critic"] = backend
     if recipe.needs_reference and recipe.model.lora is not None:
         extras["reference"] = BaseModel(backend)
     run = RLRun(backend, build_config(recipe, functions), extras=extras)
@@ -214,7 +219,7 @@ def build_prompts(recipe: RLRecipe, specs: list[DataSpec]) -> list[Sample]:
 
 
 def build_config(recipe: RLRecipe, functions: Functions) -> RLTrainingConfig:
-    advantage, loss = recipe.advantage, recipe.loss
+    advantage, loss, critic = recipe.advantage, recipe.loss, recipe.critic or Critic()
     options: dict[str, Any] = advantage.model_dump(exclude={"name"})
     options["reward_weights"] = tuple(advantage.reward_weights)
     if callable(functions.advantage):  # a function of the user's own gets the options that it takes
@@ -236,6 +241,8 @@ def build_config(recipe: RLRecipe, functions: Functions) -> RLTrainingConfig:
         temperature=recipe.rollout.temperature,
         max_staleness=recipe.rollout.max_staleness,
         seed=recipe.seed,
+        value_coef=critic.coef,
+        value_clip=critic.clip,
     )
 
 
@@ -336,13 +343,15 @@ def build_backend(
 ) -> PyTorchTrainingBackend:
     from rollouts.recipes.build import build_backend as build
 
-    return build(recipe, model, tokenizer, device, optimizer_steps(recipe), use_fsdp)  # type: ignore[arg-type]
+    head_lr = recipe.critic.lr if recipe.critic is not None and recipe.shares_trunk else None
+    return build(recipe, model, tokenizer, device, optimizer_steps(recipe), use_fsdp, head_lr)  # type: ignore[arg-type]
 
 
 def optimizer_steps(recipe: RLRecipe) -> int:
     """Optimizer steps of the whole run, which the learning rate's schedule spans."""
     train = recipe.train
-    return max(train.num_steps - train.value_steps, 1) * train.mini_batches * train.num_epochs
+    resting = 0 if recipe.shares_trunk else train.value_steps  # a head's steps are the policy's
+    return max(train.num_steps - resting, 1) * train.mini_batches * train.num_epochs
 
 
 def build_critic(

@@ -201,14 +201,25 @@ class Loss(Section):
 
 
 class Critic(Section):
-    """A model of its own that expects rewards (PPO). path: null starts from the policy's weights. clip: of a value's
-    change from what it was at the start of the step."""
+    """What expects rewards (PPO): a model of its own, or with shared: true a head on the policy's trunk. path: null
+    starts from the policy's weights. clip: of a value's change from what it was at the start of the step. coef: weight
+    of the shared critic's loss beside the policy's; its lr is the head's."""
 
+    shared: bool = False
     path: PathOrHubName | None = None
     lr: float = Field(1e-5, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(0.5, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    coef: float = Field(0.1, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        foreign = {"coef"} if not self.shared else {"path", "weight_decay", "max_grad_norm"}
+        for name in sorted(foreign):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"critic.{name} has no effect with critic.shared: {str(self.shared).lower()}; drop it")
+        return self
 
 
 class ProcessReward(Section):
@@ -333,6 +344,11 @@ class RLRecipe(Recipe):
             )
         if any(spec.repeat != 1 or spec.weight or spec.max_samples for spec in self.data.train):
             raise ValueError("engine.kind: stored reads whole files: leave repeat, weight and max_samples out of data")
+
+    @property
+    def shares_trunk(self) -> bool:
+        """Whether the critic is a head on the policy."""
+        return self.critic is not None and self.critic.shared
 
     @property
     def needs_reference(self) -> bool:

@@ -45,12 +45,14 @@ class DeferredLogits:
         weight: [V, D]; bias: [V] or None.
         loss_positions: [N] int64, flat positions ``b * S + t`` of the tokens to learn (t >= 1), if already known;
             saves a device synchronization.
+        value_weight: [1, D], of the value head on the same hidden states, if the model has one.
     """
 
     hidden: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     loss_positions: torch.Tensor | None = None
+    value_weight: torch.Tensor | None = None
 
     def materialize(self) -> torch.Tensor:
         return F.linear(self.hidden, self.weight, self.bias)

@@ -223,6 +223,7 @@ class RLTrainingConfig:
         sync_every: steps between weight updates of the engines.
         learning_rate: of every step, instead of the backend's own schedule.
         value_steps: steps at the start in which the critic alone learns (PPO).
+        value_coef, value_clip: weight and clip of the value loss where the critic is a head on the policy's trunk.
         seed: of everything random in the loop.
         log_every, eval_every, checkpoint_every: steps between console lines, evaluations and checkpoints; 0 = never
             (a checkpoint at the last step is always written, and the last step is always evaluated).
@@ -247,6 +248,8 @@ class RLTrainingConfig:
     sync_every: int = 1
     learning_rate: float | None = None
     value_steps: int = 0
+    value_coef: float = 0.1
+    value_clip: float | None = 0.5
     seed: int = 0
     log_every: int = 1
     eval_every: int = 0
@@ -260,7 +263,7 @@ class RLTrainingConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         never = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
-        for name in ("max_staleness", "kl_in_reward", "value_steps", *never):
+        for name in ("max_staleness", "kl_in_reward", "value_steps", "value_coef", *never):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("batch_size", "learning_rate", "temperature"):

@@ -89,6 +89,33 @@ def test_a_run_that_was_stopped_goes_on_and_another_forks_from_it(
     assert "rollout.temperature" in capsys.readouterr().err
 
 
+def test_a_critic_on_the_policys_trunk(
+    recipe: Path, refusal: Callable[[list[str]], str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    whole, fork = recipe.parent / "whole", recipe.parent / "fork"
+    values = yaml.safe_load(recipe.read_text()) | {"algorithm": "ppo", "critic": {"shared": True, "lr": 1e-3}}
+    values["train"] |= {"mini_batches": 2, "value_steps": 1}
+    recipe.write_text(yaml.safe_dump(values))
+    arguments = ["rl", str(recipe), "--rollout.filter", "null"]
+    assert main([*arguments, "--run_dir", str(whole)]) == 0
+    rows = metrics_of(whole)
+    assert all(row["critic/value_error"] > 0 for row in rows)
+    assert ["policy_loss" in row for row in rows] == [False, True, True, True]
+    assert not list(whole.glob("critic_checkpoints"))
+    _, info = AutoModelForCausalLM.from_pretrained(whole / "final", output_loading_info=True)
+    assert not info["unexpected_keys"] and not list((whole / "final").glob("value_head*"))
+
+    from_step = ["--run_dir", str(fork), "--fork-from", f"{whole}/checkpoints/step_000002"]
+    assert main([*arguments, *from_step]) == 0
+    assert rollouts_of(fork) == [sample for sample in rollouts_of(whole) if sample["step"] > 2]
+
+    (tmp_path / "own.py").write_text("def loss(logits, labels, loss_mask, **fields):\n    return logits.sum() * 0\n")
+    other = ["--run_dir", str(tmp_path / "other"), "--loss.name", f"{tmp_path}/own.py:loss"]
+    capsys.readouterr()
+    assert "critic.shared needs a policy loss by name" in refusal([*arguments, *other])
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("algorithm", ["ppo", "prime"])
 def test_a_fork_takes_along_what_learns_beside_the_policy(
     recipe: Path, algorithm: str, capsys: pytest.CaptureFixture[str]

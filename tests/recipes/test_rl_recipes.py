@@ -141,6 +141,8 @@ def test_sections_repeat_the_defaults_of_what_they_configure() -> None:
 def test_mistakes_are_named(tmp_path: Path) -> None:
     assert "did you mean --rollout.batch_size?" in error_of(tmp_path, {"rollout.batchsize": "3"})
     assert "critic go together" in error_of(tmp_path, advantage="gae")
+    assert "critic.coef has no effect" in error_of(tmp_path, algorithm="ppo", critic={"coef": 0.5})
+    assert "critic.path has no effect" in error_of(tmp_path, algorithm="ppo", critic={"shared": True, "path": "there"})
     assert "rollout.max_staleness" in error_of(tmp_path, train={"sync_every": 2})
     assert "data.validation" in error_of(tmp_path, train={"eval_every": 2})
     assert "algorithm" in error_of(tmp_path, algorithm="gprpo")

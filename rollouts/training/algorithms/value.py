@@ -5,7 +5,7 @@ Shapes: B rows, P positions, N learned tokens, D hidden width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,9 +34,11 @@ class ValueLossConfig:
 
 
 def scalar_outputs(logits: torch.Tensor | DeferredLogits, rows: torch.Tensor) -> torch.Tensor:
-    """[n] float32 of a model with one logit [B, P, 1], at flat positions ``rows`` [n]."""
+    """[n] float32 of a model's value head, or of one whose only logit [B, P, 1] it is, at flat positions ``rows``."""
     if isinstance(logits, DeferredLogits):
         hidden, weight, bias = logits.hidden.flatten(0, 1)[rows], logits.weight, logits.bias
+        if logits.value_weight is not None:
+            weight, bias = logits.value_weight, None
         outputs = hidden.float() @ weight[0].float()
         return outputs if bias is None else outputs + bias[0].float()
     return logits.flatten(0, 1)[rows, 0].float()
@@ -54,7 +56,7 @@ def value_loss(
 
 
 def make_value_loss(config: ValueLossConfig | None = None) -> LossFn:
-    """The loss function of a critic: a model with one logit, read at the position before each learned token.
+    """The loss function of a critic, whose values are read at the position before each learned token.
 
     It is called as ``loss_fn(logits, labels, loss_mask, *, values, returns, sequence_ids, **_)`` with [N] each; values
     are those of the rollout. Metrics: ``value_loss``, ``value_mean``, ``return_mean``, ``value_error`` (mean |V - G|),
@@ -88,5 +90,32 @@ def make_value_loss(config: ValueLossConfig | None = None) -> LossFn:
         tokens = torch.tensor(float(len(now)), dtype=torch.float32, device=now.device)
         metrics = {name: (x.detach().float().sum(), tokens) for name, x in measured.items()}
         return LossOutput(total, count, {"value_loss": (total.detach(), count), **metrics})
+
+    return loss_fn
+
+
+def make_shared_loss(policy_loss: LossFn, value_loss: LossFn, value_coef: float) -> LossFn:
+    """The loss of a policy and of the critic on its trunk: L_policy + c L_value (PPO, arXiv:1707.06347, eq. 9).
+
+    Both must aggregate alike, for there is one count to divide by. With ``values_alone`` among the batch's fields the
+    head learns and the trunk rests. Metrics are the policy's, and the value loss's as ``critic/...``.
+    """
+
+    @accepts_deferred_logits
+    def loss_fn(
+        logits: DeferredLogits,
+        labels: torch.Tensor,
+        loss_mask: torch.Tensor,
+        *,
+        values_alone: bool = False,
+        **fields: Any,
+    ) -> LossOutput:
+        seen = replace(logits, hidden=logits.hidden.detach()) if values_alone else logits
+        value: Any = value_loss(seen, labels, loss_mask, **fields)
+        total, metrics = value_coef * value.total, {f"critic/{name}": found for name, found in value.metrics.items()}
+        if values_alone:
+            return LossOutput(total, value.count, metrics)
+        policy: Any = policy_loss(logits, labels, loss_mask, **fields)
+        return LossOutput(policy.total + total, policy.count, {**policy.metrics, **metrics})
 
     return loss_fn

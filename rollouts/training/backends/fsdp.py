@@ -221,7 +221,7 @@ class FSDPTrainingBackend(PyTorchTrainingBackend):
         }
 
     def _get_weights(self) -> dict[str, torch.Tensor]:
-        return {name: _whole(tensor.detach()) for name, tensor in self.model.state_dict().items()}
+        return {name: _whole(tensor) for name, tensor in super()._get_weights().items()}
 
     # Sharded checkpoints --------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rollouts.errors import UserError
+from rollouts.models.critic import VALUE_HEAD
 from rollouts.models.packed_attention import packed_mask, use_packed_attention
 from rollouts.models.products import PLAIN_LINEARS
 from rollouts.training.backends.protocol import Batch
@@ -25,7 +26,8 @@ class LossModel(nn.Module):
             logits), or a peft model around one.
 
     Raises:
-        UserError: the model's attention does more than softmax(q k) v (attention sinks, for example).
+        UserError: the model's attention does more than softmax(q k) v (attention sinks, for example), or it has a value
+            head and computes its logits in a way of its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,6 +45,12 @@ class LossModel(nn.Module):
         # An adapter on the output layer makes it more than one matrix product, too.
         plain_head = type(self._causal_lm.get_output_embeddings()) in PLAIN_LINEARS
         self._defer = plain_head and not any(getattr(self._causal_lm.config, name, None) for name in _LOGIT_EXTRAS)
+
+        if hasattr(self._causal_lm, VALUE_HEAD) and not self._defer:
+            raise UserError(
+                f"a value head does not fit {type(self._causal_lm).__name__}: its logits are more than one product of "
+                "the last hidden states; take a critic of its own (critic.shared: false)"
+            )
 
     def forward(self, batch: Batch, loss_fn: LossFn) -> Any:
         inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
@@ -62,7 +70,11 @@ class LossModel(nn.Module):
         elif self._defer and getattr(loss_fn, "accepts_deferred_logits", False):
             hidden = self._causal_lm.base_model(**inputs).last_hidden_state
             head = self._causal_lm.get_output_embeddings()
-            logits = DeferredLogits(hidden, head.weight, getattr(head, "bias", None), batch.get("loss_positions"))
+            value_head = getattr(self._causal_lm, VALUE_HEAD, None)
+            logits = DeferredLogits(
+                hidden, head.weight, getattr(head, "bias", None), batch.get("loss_positions"),
+                None if value_head is None else value_head.weight,
+            )  # fmt: skip
         else:
             logits = self.model(**inputs).logits
         extras = {k: batch[k] for k in batch if k not in _MODEL_KEYS}

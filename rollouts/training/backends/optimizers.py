@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rollouts.errors import UserError
+from rollouts.models.critic import is_value_head
 
 Schedule = Callable[[int], float]
 """Optimizer step (0-based) -> factor that multiplies every group's base learning rate."""
@@ -120,8 +121,11 @@ def create_adamw_optimizer(
     return _adamw(trainable_parameters(model), OptimizerConfig("adamw", lr, betas, eps, weight_decay))
 
 
-def create_optimizer(model: nn.Module, config: OptimizerConfig) -> AnyOptimizer:
+def create_optimizer(model: nn.Module, config: OptimizerConfig, value_head_lr: float | None = None) -> AnyOptimizer:
     """The optimizer of ``config`` over the trainable parameters of ``model`` (wrap the model first, then call this).
+
+    Args:
+        value_head_lr: of a value head (``add_value_head``), which starts from nothing; None = ``config.lr``.
 
     Raises:
         UserError: nothing to train, or an unknown name.
@@ -130,7 +134,7 @@ def create_optimizer(model: nn.Module, config: OptimizerConfig) -> AnyOptimizer:
     if not named:
         raise UserError("the model has no trainable parameter: check model.lora.target_modules or requires_grad")
     if config.name == "adamw":
-        return _adamw(named, config)
+        return _adamw(named, config, value_head_lr)
     if config.name == "muon":
         hidden, rest = _split_for_muon(model, named)
         muon = torch.optim.Muon(
@@ -139,7 +143,7 @@ def create_optimizer(model: nn.Module, config: OptimizerConfig) -> AnyOptimizer:
             momentum=config.muon_momentum,
             weight_decay=config.weight_decay,
         )
-        return CombinedOptimizer([muon, _adamw(rest, config)]) if rest else muon
+        return CombinedOptimizer([muon, _adamw(rest, config, value_head_lr)]) if rest else muon
     raise UserError(f"optimizer.name {config.name!r} is not known: use adamw or muon")
 
 
@@ -148,11 +152,16 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def _adamw(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
-    params = [p for _, p in named]
-    groups = [
+def _adamw(
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, value_head_lr: float | None = None
+) -> torch.optim.AdamW:
+    named = list(named)
+    head = [p for name, p in named if is_value_head(name)]
+    params = [p for name, p in named if not is_value_head(name)]
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        {"params": head, "weight_decay": 0.0, "lr": value_head_lr or config.lr},
     ]
     groups = [g for g in groups if g["params"]]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
@@ -162,7 +171,8 @@ def _split_for_muon(
     model: nn.Module, named: list[tuple[str, nn.Parameter]]
 ) -> tuple[list[tuple[str, nn.Parameter]], list[tuple[str, nn.Parameter]]]:
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    hidden = [(n, p) for n, p in named if p.ndim == 2 and id(p) not in tables and "lm_head" not in n]
+    heads = [n for n, _ in named if "lm_head" in n or is_value_head(n)]
+    hidden = [(n, p) for n, p in named if p.ndim == 2 and id(p) not in tables and n not in heads]
     chosen = {id(p) for _, p in hidden}
     return hidden, [(n, p) for n, p in named if id(p) not in chosen]
 

@@ -82,7 +82,7 @@ class TrainingBackend(Protocol):
         ...
 
     def compute_values(self, batch: Batch | Sequence[Batch]) -> TrainFuture[list[torch.Tensor]]:
-        """As ``compute_log_probs``, with the values of a critic (see ``make_critic``)."""
+        """As ``compute_log_probs``, with the values of a critic (``make_critic``, ``add_value_head``)."""
         ...
 
     def save_checkpoint(
@@ -96,8 +96,8 @@ class TrainingBackend(Protocol):
         ...
 
     def get_weights(self) -> TrainFuture[dict[str, torch.Tensor]]:
-        """The model's full state dict, in its working precision. On one device these are the live tensors: clone what
-        must outlast the next step."""
+        """The model's full state dict, in its working precision, a value head left out. On one device these are the
+        live tensors: clone what must outlast the next step."""
         ...
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> TrainFuture[None]:

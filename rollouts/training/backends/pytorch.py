@@ -13,6 +13,7 @@ from torch import nn
 
 from rollouts.errors import UserError
 from rollouts.failpoints import failpoint
+from rollouts.models.critic import VALUE_HEAD, is_value_head, without_value_head
 from rollouts.models.export import write_model
 from rollouts.models.gated_mlp import use_gated_products
 from rollouts.models.load import cast_parameters
@@ -29,7 +30,13 @@ from rollouts.training.backends.optimizers import (
     trainable_parameters,
 )
 from rollouts.training.backends.protocol import Batch, Metrics
-from rollouts.training.backends.readers import collision_reader, log_prob_reader, read_values, reference_reader
+from rollouts.training.backends.readers import (
+    collision_reader,
+    log_prob_and_value_reader,
+    log_prob_reader,
+    read_values,
+    reference_reader,
+)
 from rollouts.training.backends.sharded import has_shards, read_shards
 from rollouts.training.checkpoints import (
     checkpoint_transaction,
@@ -47,6 +54,8 @@ from rollouts.training.sft_losses import LossFn, LossOutput, as_loss_output, cau
 from rollouts.training.types import TrainFuture
 
 T = TypeVar("T")
+
+_HEAD_FILE = f"{VALUE_HEAD}.safetensors"  # apart, so that a step is a model folder like any other
 
 
 class PyTorchTrainingBackend:
@@ -153,6 +162,13 @@ class PyTorchTrainingBackend:
 
     def compute_values(self, batch: Batch | Sequence[Batch]) -> TrainFuture[list[torch.Tensor]]:
         return self._submit("compute_values", lambda: self._read(_as_list(batch), read_values))
+
+    def compute_log_probs_and_values(
+        self, batch: Batch | Sequence[Batch], temperature: float = 1.0
+    ) -> TrainFuture[list[torch.Tensor]]:
+        """Both [N, 2] in one pass, of a model with a value head."""
+        reader = log_prob_and_value_reader(temperature)
+        return self._submit("compute_log_probs_and_values", lambda: self._read(_as_list(batch), reader))
 
     def compute_base_states(self, batches: Sequence[Batch]) -> TrainFuture[list[Any]]:
         """``ref_logits`` of each micro-batch by the base beneath the adapter; see ``reference_reader``."""
@@ -306,6 +322,8 @@ class PyTorchTrainingBackend:
         def write() -> None:
             with checkpoint_transaction(root, step, self.keep_checkpoints) as partial:
                 write_model(self.model, self.tokenizer, partial, state_dict=weights)  # type: ignore[arg-type]
+                if head := {name: weight for name, weight in weights.items() if is_value_head(name)}:
+                    write_tensors(partial / _HEAD_FILE, head)
                 write_tensors(partial / "optimizer.safetensors", moments)
                 write_json(partial / "trainer_state.json", trainer)
 
@@ -359,6 +377,7 @@ class PyTorchTrainingBackend:
     def _read_weights(self, folder: Path) -> dict[str, torch.Tensor]:
         """The weights of a step by the model's own names; peft leaves its adapter's name out of those it saves."""
         files = sorted(folder.glob("model*.safetensors")) or [folder / "adapter_model.safetensors"]
+        files += folder.glob(_HEAD_FILE)
         tensors = {name: tensor for path in files for name, tensor in read_tensors(path).items()}
         names = [name for name, _ in self.model.named_parameters()]
         return {name: tensors[saved] for name in names if (saved := _saved_name(name, tensors)) in tensors}
@@ -391,26 +410,27 @@ class PyTorchTrainingBackend:
         own |= {name: master.detach() for name, master in self._weights.masters.items()}
         return {name: weight for name, weight in own.items() if name in wanted}
 
-    def _load_masters(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name, master in self._weights.masters.items():
+    def _load_masters(self, tensors: Mapping[str, torch.Tensor], head_too: bool) -> None:
+        masters = {n: m for n, m in self._weights.masters.items() if head_too or not is_value_head(n)}
+        for name, master in masters.items():
             if name not in tensors:
                 raise UserError(f"checkpoint lacks the weight {name!r}: it is of another model")
             if tensors[name].shape != master.shape:
                 shapes = f"{list(tensors[name].shape)} there, {list(master.shape)} here"
                 raise UserError(f"checkpoint does not fit the model: {name!r} has shape {shapes}")
-        for name in self._weights.masters:
-            self._weights.set(name, self._place_tensor(tensors[name], self._weights.masters[name]))
+        for name, master in masters.items():
+            self._weights.set(name, self._place_tensor(tensors[name], master))
 
     def _get_weights(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+        return {name: tensor.detach() for name, tensor in without_value_head(self.model.state_dict()).items()}
 
     def _load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        self._load_all(weights)
+        self._load_all(weights, head_too=False)
         self.weight_version += 1
 
-    def _load_all(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def _load_all(self, weights: Mapping[str, torch.Tensor], head_too: bool = True) -> None:
         """The masters, all of them, and the frozen weights that are there (an adapter is saved without its base)."""
-        self._load_masters(weights)
+        self._load_masters(weights, head_too)
         for name, parameter in self.model.named_parameters():
             if name in weights and name not in self._weights.masters:  # frozen
                 parameter.detach().copy_(self._place_tensor(weights[name], parameter))

@@ -52,6 +52,7 @@ def create_pytorch_backend(
     checkpoint_dir: str | Path | None = None,
     precision: str | torch.dtype | None = None,
     optimizer: OptimizerConfig | None = None,
+    value_head_lr: float | None = None,
     schedule: ScheduleConfig | None = None,
     num_steps: int | None = None,
     device: torch.device | str | None = None,
@@ -64,6 +65,7 @@ def create_pytorch_backend(
         model: a loaded model, or the folder or hub name to load (its tokenizer comes with it).
         precision: of computing; ``"bfloat16"`` keeps float32 master weights beside it. None = as the model is.
         optimizer: None = AdamW with its defaults.
+        value_head_lr: of the value head, if the model has one; None = the optimizer's.
         schedule: needs ``num_steps``; None = constant learning rate.
         num_steps: optimizer steps of the whole run.
         kwargs: passed on to ``PyTorchTrainingBackend`` (max_grad_norm, compile, ...).
@@ -76,7 +78,7 @@ def create_pytorch_backend(
     optimizer_config = optimizer or OptimizerConfig()
     return PyTorchTrainingBackend(
         model,
-        lambda m: create_optimizer(m, optimizer_config),
+        lambda m: create_optimizer(m, optimizer_config, value_head_lr),
         loss_fn,
         checkpoint_dir,
         None if device is None else parse_device(str(device)),
@@ -94,6 +96,7 @@ def create_fsdp_backend(
     checkpoint_dir: str | Path | None = None,
     precision: str | torch.dtype = "bfloat16",
     optimizer: OptimizerConfig | None = None,
+    value_head_lr: float | None = None,
     schedule: ScheduleConfig | None = None,
     num_steps: int | None = None,
     device: torch.device | str | None = None,
@@ -110,7 +113,7 @@ def create_fsdp_backend(
     optimizer_config = optimizer or OptimizerConfig()
     return FSDPTrainingBackend(
         model,
-        lambda m: create_optimizer(m, optimizer_config),
+        lambda m: create_optimizer(m, optimizer_config, value_head_lr),
         loss_fn,
         checkpoint_dir,
         config or FSDPConfig(mixed_precision=parse_dtype(precision) == torch.bfloat16),

@@ -31,6 +31,19 @@ def log_prob_reader(temperature: float) -> LossFn:
     return read
 
 
+def log_prob_and_value_reader(temperature: float) -> LossFn:
+    """A function with a loss's arguments that gives log-probs and values [N, 2] float32 of the learned tokens."""
+    read_log_probs: Any = log_prob_reader(temperature)
+
+    @accepts_deferred_logits
+    def read(logits: Logits, labels: torch.Tensor, loss_mask: torch.Tensor, **_: Any) -> torch.Tensor:
+        log_probs = read_log_probs(logits, labels, loss_mask)
+        values: Any = read_values(logits, labels, loss_mask)
+        return torch.stack((log_probs, values), dim=-1)
+
+    return read
+
+
 def reference_reader(is_base: bool = False) -> LossFn:
     """A function with a loss's arguments that gives what a reference's logits at the learned tokens are made of: the
     states before them, or the logits [N, V] of a model that computes them itself.

@@ -21,8 +21,10 @@ import anyio.lowlevel
 from rollouts.errors import UserError
 from rollouts.failpoints import failpoint
 from rollouts.inference.protocol import InferenceEngine, UpdateMode
+from rollouts.models.critic import is_value_head
 from rollouts.training import distributed_utils as ranks
 from rollouts.training.algorithms.policy_losses import PolicyLossConfig, make_policy_loss
+from rollouts.training.algorithms.value import ValueLossConfig, make_shared_loss, make_value_loss
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.checkpoints import require_same
 from rollouts.training.datasets.data_buffer import DataBuffer
@@ -43,6 +45,7 @@ from rollouts.training.remote_engines import RemoteEngine
 from rollouts.training.rewards.runner import RewardRunner
 from rollouts.training.rollout_gen.ledger import copy_sample
 from rollouts.training.rollout_gen.manager import AsyncRolloutManager
+from rollouts.training.sft_losses import LossFn
 from rollouts.training.types import RLTrainingConfig, RolloutBatch, Sample
 from rollouts.training.weight_sync import WeightSyncManager, sync_weights_to_engines
 
@@ -83,7 +86,8 @@ async def run_rl_training(
             back. An engine that was made over the backend's own model reads them where they lie.
         metrics_logger: gets every step's metrics on rank 0; None prints lines.
         reference: the policy that KL is measured against: a ``FrozenModel``, or ``BaseModel`` beneath an adapter.
-        critic: a backend over ``make_critic`` with ``make_value_loss``; its values are what ``gae`` needs.
+        critic: a backend over ``make_critic`` with ``make_value_loss``, or ``backend`` itself if its model has a value
+            head (``add_value_head``); its values are what ``gae`` needs.
         process: the model behind the token rewards that ``prime`` needs.
         reward_fn: judges samples that come without a reward; None takes ``metadata["correct"]`` where it is there.
         evaluate: ``await evaluate(step)`` gives metrics, every ``config.eval_every`` steps and at the end.
@@ -384,6 +388,8 @@ def prepare_models(
     if measures_full_kl(loss) and reference is not None and not hasattr(reference, "compute_states"):
         raise UserError("KL kind full needs a FrozenModel or a BaseModel as the reference; k3 needs log-probs only")
     policy.loss_fn = make_policy_loss(loss) if isinstance(loss, PolicyLossConfig) else loss
+    if critic is policy:
+        policy.loss_fn = _shared_loss(policy, loss, config)
     policy.max_bad_steps, policy.keep_checkpoints = config.max_bad_steps, config.keep_checkpoints
     models = RLModels(policy, loss, reference, critic, process)
     for companion in models.companions:
@@ -393,6 +399,15 @@ def prepare_models(
         if policy.checkpoint_dir is not None and companion.checkpoint_dir is None:
             raise UserError("the policy has a checkpoint_dir, but its critic or process model has none; give it one")
     return models
+
+
+def _shared_loss(policy: PyTorchTrainingBackend, loss: PolicyLossConfig | LossFn, config: RLTrainingConfig) -> LossFn:
+    if not isinstance(loss, PolicyLossConfig):
+        raise UserError("a critic on the policy's trunk needs a policy loss by name: how another averages is not known")
+    if not any(is_value_head(name) for name, _ in policy.model.named_parameters()):
+        raise UserError("the critic is the policy itself, but its model has no value head; call add_value_head first")
+    value = ValueLossConfig(config.value_clip, loss.aggregate_by, loss.max_length)
+    return make_shared_loss(policy.loss_fn, make_value_loss(value), config.value_coef)
 
 
 @contextlib.asynccontextmanager

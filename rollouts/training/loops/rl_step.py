@@ -71,7 +71,7 @@ class RLModels:
         policy: learns, with its ``loss_fn``.
         loss: what that was made of, or the function itself if it is the user's own.
         reference: its log-probs bound how far the policy moves; None = no reference.
-        critic: learns values (PPO); None = advantages need none.
+        critic: learns values (PPO); the policy itself where its model has a value head; None = advantages need none.
         process: learns rewards of tokens (PRIME); None = outcomes are all there is.
     """
 
@@ -82,9 +82,15 @@ class RLModels:
     process: ProcessRewards | None = None
 
     @property
+    def has_value_head(self) -> bool:
+        """Whether the critic is a head on the policy's trunk."""
+        return self.critic is self.policy
+
+    @property
     def companions(self) -> list[PyTorchTrainingBackend]:
         """The models that learn beside the policy."""
-        return [m for m in (self.critic, self.process.backend if self.process else None) if m is not None]
+        beside = (None if self.has_value_head else self.critic, self.process.backend if self.process else None)
+        return [model for model in beside if model is not None]
 
 
 async def learn_from_rollouts(
@@ -101,7 +107,15 @@ async def learn_from_rollouts(
     columns: dict[str, Sequence[np.ndarray]] = {}
     metrics: dict[str, float] = {}
     with watch.phase("log_probs"):
-        if needs_old_log_probs(config, models.loss):
+        if models.has_value_head and needs_old_log_probs(config, models.loss):
+            both = await read_per_token(
+                lambda batches: models.policy.compute_log_probs_and_values(batches, config.temperature),
+                models.policy,
+                samples,
+                config,
+            )
+            columns["old_log_probs"], columns["values"] = [x[:, 0] for x in both], [x[:, 1] for x in both]
+        elif needs_old_log_probs(config, models.loss):
             columns["old_log_probs"] = await read_log_probs(models.policy, models.policy, samples, config)
         elif config.old_log_probs == "rollout":
             columns["old_log_probs"] = _rollout_log_probs(samples)
@@ -114,7 +128,7 @@ async def learn_from_rollouts(
             )
         if models.reference is not None and needs_ref_log_probs(config, models.loss):
             columns["ref_log_probs"] = await read_log_probs(models.reference, models.policy, samples, config)
-        if models.critic is not None:
+        if models.critic is not None and "values" not in columns:
             columns["values"] = await read_per_token(models.critic.compute_values, models.policy, samples, config)
         if models.process is not None:
             columns["process_rewards"], judged = await learn_process_rewards(models.process, samples, config)
@@ -167,12 +181,15 @@ async def update(models: RLModels, batches: list[Batch], config: RLTrainingConfi
     """One optimizer step of the policy and, where there is one, of the critic."""
     metrics: dict[str, float] = {}
     policy, critic = models.policy, models.critic
-    if critic is not None:
+    values_alone = step < config.value_steps
+    if critic is not None and not models.has_value_head:
         learned = await perform(lambda: critic.forward_backward(batches), config)
         updated = await perform(critic.optim_step, config)
         metrics |= {f"critic/{name}": value for name, value in {**learned, **updated}.items() if name != "step"}
-    if step >= config.value_steps:
-        if models.reference is not None and measures_full_kl(models.loss):
+    if models.has_value_head or not values_alone:
+        if values_alone:
+            batches = [{**batch, "values_alone": True} for batch in batches]
+        elif models.reference is not None and measures_full_kl(models.loss):
             reference: Any = models.reference
             states = await perform(lambda: reference.compute_states(batches), config)
             batches = [{**batch, "ref_logits": found} for batch, found in zip(batches, states, strict=True)]

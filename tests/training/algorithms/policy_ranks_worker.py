@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from rollouts.models.critic import make_critic
+from rollouts.models.critic import add_value_head, make_critic
 from rollouts.models.lora import LoRAConfig, add_lora
 from rollouts.training.algorithms.aggregation import AGGREGATIONS
 from rollouts.training.algorithms.corrections import named_correction
 from rollouts.training.algorithms.policy_losses import POLICY_LOSSES, PolicyLossConfig, make_policy_loss
-from rollouts.training.algorithms.value import make_value_loss
+from rollouts.training.algorithms.value import make_shared_loss, make_value_loss
 from rollouts.training.backends import FSDPConfig, OptimizerConfig, create_fsdp_backend, create_pytorch_backend
 from rollouts.training.backends.optimizers import trainable_parameters
 from rollouts.training.backends.reference import BaseModel
@@ -69,12 +69,16 @@ def make_samples() -> tuple[list[Sample], dict[str, list[np.ndarray]]]:
 
 def update(ranks: int, name: str, tied: bool) -> dict[str, Any]:
     """Metrics of one optimizer step, and a digest of the weights after it."""
-    is_critic, has_base = name == "critic", name == "full kl"
+    is_critic, has_base, is_shared = name == "critic", name == "full kl", name.startswith("shared")
     options: dict[str, Any] = {
         "precision": "float32", "device": "cpu", "optimizer": OptimizerConfig("adamw", lr=3e-3),
-        "loss_fn": make_value_loss() if is_critic else make_policy_loss(LOSSES[name]),
+        "loss_fn": make_value_loss() if is_critic else make_policy_loss(LOSSES[name.removeprefix("shared ")]),
     }  # fmt: skip
     model: Any = make_critic(make_model(tied)) if is_critic else make_model(tied)
+    if is_shared:
+        add_value_head(model)
+        torch.nn.init.normal_(model.value_head.weight)
+        options["loss_fn"] = make_shared_loss(options["loss_fn"], make_value_loss(), value_coef=0.5)
     if has_base:
         model = add_lora(model, LoRAConfig(r=4, dropout=0.0))
         for _, parameter in trainable_parameters(model):
@@ -85,24 +89,38 @@ def update(ranks: int, name: str, tied: bool) -> dict[str, Any]:
     else:
         backend = create_pytorch_backend(model, **options)
     samples, columns = make_samples()
-    if not is_critic:
+    if name in LOSSES:
         columns |= select_tokens(LOSSES[name], samples, range(5), columns, seed=0)
     batches, _ = collate_rl_step(samples, range(5), 24, columns, backend.rank, backend.world_size)
     if has_base:
         states = BaseModel(backend).compute_states(batches).wait()
         batches = [{**batch, "ref_logits": found} for batch, found in zip(batches, states, strict=True)]
-    metrics = backend.forward_backward(batches).wait()
+    metrics = {}
+    if is_shared:  # its head alone first, as in the first steps of a run
+        metrics = backend.forward_backward([{**batch, "values_alone": True} for batch in batches]).wait()
+        backend.optim_step().wait()
+        metrics = {f"alone {n}": value for n, value in metrics.items()}
+    metrics |= backend.forward_backward(batches).wait()
     backend.optim_step().wait()
     weights = {
         n: [w.double().sum().item(), w.double().abs().sum().item()] for n, w in backend.get_weights().wait().items()
     }
+    if is_shared:
+        [head] = [whole(p).double() for name, p in model.named_parameters() if "value_head" in name]
+        weights["head"] = [head.sum().item(), head.abs().sum().item()]
     return {"metrics": metrics, "weights": weights}
+
+
+def whole(parameter: Any) -> torch.Tensor:
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def main(folder: Path, ranks: int) -> None:
     both = ("gspo", "ppo_clip")  # the head and the embedding apart, too
     found = {
-        f"{name} {tied}": update(ranks, name, tied) for name in [*LOSSES, "critic"] for tied in {True, name not in both}
+        f"{name} {tied}": update(ranks, name, tied)
+        for name in [*LOSSES, "critic", "shared reinforce"]
+        for tied in {True, name not in both}
     }
     if ranks == 1 or torch.distributed.get_rank() == 0:
         (folder / f"{ranks}.json").write_text(json.dumps(found))
