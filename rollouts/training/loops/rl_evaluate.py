@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from rollouts.training.loops.rl_batches import group_samples
 from rollouts.training.loops.rl_metrics import SOLVED
 from rollouts.training.rewards.runner import RewardRunner
-from rollouts.training.rollout_gen.concurrency import call
+from rollouts.training.rollout_gen.concurrency import call, persist
 from rollouts.training.rollout_gen.ledger import as_prompt, pending_samples
 from rollouts.training.rollout_gen.seeds import sampling_seed
 from rollouts.training.types import Sample, SampleStatus
@@ -49,12 +50,8 @@ class RewardEvaluation:
         self.samples = []
         async with RewardRunner(self._reward) as judge:
             for start in range(0, len(self._prompts), self._at_once):
-                pending: list[Sample] = []
-                for number in range(start, min(start + self._at_once, len(self._prompts))):
-                    pending += pending_samples(self._prompts[number], number, self._count)
-                for sample in pending:
-                    sample.metadata["seed"] = sampling_seed(self._seed, "evaluation", sample.id)
-                done = await call(self._generate, pending)
+                numbers = range(start, min(start + self._at_once, len(self._prompts)))
+                done = await persist(partial(self._answer, numbers))
                 await judge.score(done)
                 self.samples += done
         rewards = [s.reward or 0.0 for s in self.samples]
@@ -69,3 +66,9 @@ class RewardEvaluation:
         if self._count > 1:
             metrics[f"pass@{self._count}"] = sum(map(any, solved)) / len(solved)
         return metrics
+
+    async def _answer(self, numbers: Sequence[int]) -> list[Sample]:
+        pending = [s for number in numbers for s in pending_samples(self._prompts[number], number, self._count)]
+        for sample in pending:
+            sample.metadata["seed"] = sampling_seed(self._seed, "evaluation", sample.id)
+        return await call(self._generate, pending)

@@ -1,8 +1,10 @@
-"""Three small tools of structured concurrency: many calls side by side, sync or async functions, and retries."""
+"""Small tools of structured concurrency: many calls side by side, sync or async functions, and retries."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
+import logging
 import random
 import threading
 from collections.abc import Awaitable, Callable, Iterable
@@ -13,7 +15,9 @@ import anyio
 import anyio.from_thread
 import anyio.lowlevel
 
-from rollouts.errors import UserError
+from rollouts.errors import RunError, UserError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -78,6 +82,19 @@ def is_permanent(error: BaseException) -> bool:
         return True
     status = getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
     return isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
+
+
+async def persist(attempt: Callable[[], Awaitable[T]], max_retries: int = 5, first: float = 0.5) -> T:
+    """``attempt()``, again after a growing wait when it fails; raises what no retry mends, and the last failure."""
+    for failures in itertools.count():
+        try:
+            return await attempt()
+        except Exception as error:
+            if is_permanent(error) or isinstance(error, RunError) or failures == max_retries:
+                raise
+            logger.warning("failed and is tried again: %r", error)
+            await anyio.sleep(backoff(failures, first))
+    raise AssertionError("counting never ends")
 
 
 def backoff(attempt: int, first: float) -> float:

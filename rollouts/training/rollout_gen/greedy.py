@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from rollouts.training.rewards.runner import RewardRunner
-from rollouts.training.rollout_gen.concurrency import call
+from rollouts.training.rollout_gen.concurrency import call, persist
 from rollouts.training.rollout_gen.manager import AsyncRolloutManager
 from rollouts.training.types import RolloutBatch, Sample, SampleStatus
 
@@ -53,7 +53,7 @@ class GreedyBaselines:
     async def generate_batch(self) -> RolloutBatch:
         batch = await self.manager.generate_batch()
         first = {sample.group_id: sample for sample in reversed(batch.samples)}
-        greedy = await call(self._generate, [_prompt_of(sample) for sample in first.values()])
+        greedy = await persist(lambda: call(self._generate, [_prompt_of(sample) for sample in first.values()]))
         await self._judge.score(greedy)
         rewards = dict(zip(first, (sample.reward for sample in greedy), strict=True))
         for sample in batch.samples:
