@@ -183,6 +183,7 @@ def preference_pairs(model_folder: Path, seed: int) -> list[dict[str, Any]]:
 
 ARMS: dict[str, dict[str, Any]] = {
     "ppo": {"critic": {"lr": 3e-3}},
+    "ppo_shared": {"algorithm": "ppo", "critic": {"shared": True, "lr": 3e-3}},
     "grpo": {},
     "dr_grpo": {},
     "dapo": {"train": {"num_steps": 15}},  # its filter asks for ever more prompts where most are solved
