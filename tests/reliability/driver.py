@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess as Process
@@ -35,14 +36,17 @@ def start_ranks(
     count: int, target: Callable[..., None], *args: Any, failpoint: str = "", armed_rank: int = 0
 ) -> list[Process]:
     """``start`` ``count`` processes with the environment of torchrun's ranks; the failpoint is armed in one of them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    reserved = socket.socket()  # bound, not listening: the first rank alone, which shares addresses too, gets the port
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    port = str(reserved.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
-    return [
+    processes = [
         start(target, *args, failpoint=failpoint if rank == armed_rank else "", RANK=str(rank), **place)
         for rank in range(count)
     ]
+    weakref.finalize(processes[0], reserved.close)
+    return processes
 
 
 def join(processes: list[Process], timeout: float = 300, grace: float = 60) -> list[int]:
