@@ -66,6 +66,15 @@ def compiler() -> None:
         pytest.skip("compiled code needs Linux and g++")
 
 
+@pytest.fixture(scope="session")
+def compiled_step() -> None:
+    """For tests of runs that are the same to the last bit, which torch's operators do not promise."""
+    from rollouts.inference.native import native_library
+
+    if native_library() is None:
+        pytest.skip("runs repeat to the last bit by the engine's compiled step alone, which needs Linux and g++")
+
+
 PEOPLE = "Anna Boris Clara David Elena Farid Grace Hugo Irina Jonas Kamila Leo Marta Nadia Oscar Priya"
 VERBS = "sees finds carries paints counts borrows follows remembers describes visits trusts opens"
 THINGS = (

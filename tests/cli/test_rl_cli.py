@@ -66,6 +66,7 @@ def test_a_run_leaves_all_that_a_run_leaves(recipe: Path, capsys: pytest.Capture
     assert "finished" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("compiled_step")
 def test_a_run_that_was_stopped_goes_on_and_another_forks_from_it(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,6 +90,7 @@ def test_a_run_that_was_stopped_goes_on_and_another_forks_from_it(
     assert "rollout.temperature" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("compiled_step")
 def test_a_critic_on_the_policys_trunk(
     recipe: Path, refusal: Callable[[list[str]], str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -116,6 +118,7 @@ def test_a_critic_on_the_policys_trunk(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.usefixtures("compiled_step")
 @pytest.mark.parametrize("algorithm", ["ppo", "prime"])
 def test_a_fork_takes_along_what_learns_beside_the_policy(
     recipe: Path, algorithm: str, capsys: pytest.CaptureFixture[str]
@@ -140,6 +143,7 @@ def test_a_fork_takes_along_what_learns_beside_the_policy(
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("compiled_step")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_a_run_is_the_same_again(recipe: Path, threads: str, precision: str) -> None:

@@ -157,6 +157,7 @@ def test_every_line_of_the_books_is_right(run, model_dir: Path, problems: list[d
             torch.testing.assert_close(sampled, found[start - 1 :], atol=1e-4, rtol=0)
 
 
+@pytest.mark.usefixtures("compiled_step")
 def test_a_stopped_run_goes_on_where_it_was(run) -> None:
     whole, parts = run("whole"), run("parts", "--train.num_steps", "2")
     shutil.rmtree(parts / "final")
@@ -167,6 +168,7 @@ def test_a_stopped_run_goes_on_where_it_was(run) -> None:
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
+@pytest.mark.usefixtures("compiled_step")
 def test_the_layouts_of_verl_and_trl_make_the_same_run(run, tmp_path: Path, problems: list[dict[str, str]]) -> None:
     def as_it_is(number: int, row: dict[str, str]) -> dict[str, Any]:
         return row

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import driver
+import pytest
 import rl_run
 import torch
 
@@ -23,6 +24,7 @@ KILLS = (
 )
 
 
+@pytest.mark.usefixtures("compiled_step")
 def test_kills_lose_no_prompt_and_learn_from_none_twice(tmp_path: Path, tiny_model_dir: Path) -> None:
     clean, killed = tmp_path / "clean", tmp_path / "killed"
     for folder in (clean, killed):

@@ -14,6 +14,7 @@ import driver
 import pytest
 from rollout_run import RolloutRun, roll_out
 
+from rollouts.inference.native import native_library
 from rollouts.training.checkpoints import find_latest, read_json
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -72,12 +73,13 @@ def test_killed_again_and_again(ram_path: Path, model_folder: Path, kind: str) -
     state = finish(run)
     check_exactly_once(state)
     assert state["step"] == 10
-    if run.order == "dealt" and run.max_staleness == 0:
+    if run.order == "dealt" and run.max_staleness == 0 and native_library() is not None:
         assert state["consumed"] == expected["consumed"]  # the very same groups in the very same steps
     else:
         assert [len(step) for step in state["consumed"]] == [len(step) for step in expected["consumed"]]
 
 
+@pytest.mark.usefixtures("compiled_step")
 @pytest.mark.parametrize("place", ["checkpoint.before_rename@2", "checkpoint.after_rename@2", "checkpoint.mid_purge@1"])
 def test_killed_while_a_step_is_committed(ram_path: Path, model_folder: Path, place: str) -> None:
     clean = RolloutRun(ram_path / "clean", model_folder)

@@ -46,6 +46,7 @@ def test_reward_rises_and_sampler_agrees_with_trainer(
     assert [row["step"] for row in history] == list(range(1, 26))
 
 
+@pytest.mark.usefixtures("compiled_step")
 def test_resume_is_bitwise(make_tiny_model, tiny_tokenizer, tmp_path: Path) -> None:
     """Several mini-batches and epochs, groups dropped and begun anew, killed after step 4 with a commit at 3."""
     settings = {

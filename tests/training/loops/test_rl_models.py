@@ -84,6 +84,7 @@ def test_a_critic_reads_the_state_before_each_token(make_tiny_model) -> None:
     torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("compiled_step")
 @pytest.mark.parametrize("kind", ["critic", "process"])
 def test_resume_is_bitwise_with_companions(make_tiny_model, tiny_tokenizer, tmp_path: Path, kind: str) -> None:
     def train(folder: str, num_steps: int) -> tuple[list[dict[str, Any]], list[dict[str, torch.Tensor]]]:
