@@ -141,6 +141,8 @@ async def test_one_wrong_number_is_seen(models: Models) -> None:
         del reported[f"model.layers.0.self_attn.{part}_proj.weight"]
     reported["model.layers.0.self_attn.qkv_proj.weight"] = digest(torch.cat([q, k, v]))
     assert compare_digests(reported, state) == (1.0, [])
+    embedding = {"lm_head.weight": state["model.embed_tokens.weight"]}  # one tensor by two names
+    assert compare_digests({n: d for n, d in reported.items() if n not in embedding}, state | embedding) == (1.0, [])
     half = {name: digest(tensor.bfloat16()) for name, tensor in state.items()}
     assert compare_digests(half, state) == (1.0, [])  # an engine that keeps them in bfloat16
     state["model.layers.0.self_attn.k_proj.weight"].view(torch.int32)[0, 0] ^= 1

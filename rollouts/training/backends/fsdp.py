@@ -221,7 +221,13 @@ class FSDPTrainingBackend(PyTorchTrainingBackend):
         }
 
     def _get_weights(self) -> dict[str, torch.Tensor]:
-        return {name: _whole(tensor) for name, tensor in super()._get_weights().items()}
+        tied = {name: id(p) for name, p in self.model.named_parameters(remove_duplicate=False)}
+        whole: dict[int | str, torch.Tensor] = {}  # tied weights are gathered once, and stay one tensor
+        weights = super()._get_weights()
+        for name, tensor in weights.items():
+            if (key := tied.get(name, name)) not in whole:
+                whole[key] = _whole(tensor)
+        return {name: whole[tied.get(name, name)] for name in weights}
 
     # Sharded checkpoints --------------------------------------------------------------------------------------------
 
