@@ -20,6 +20,8 @@ _HOME = {  # public name -> module; resolved on first use, so that a tokenizer c
     "add_lora": "lora",
     "save_lora": "lora",
     "merge_lora": "lora",
+    "make_critic": "critic",
+    "add_value_head": "critic",
     "make_reward_model": "reward_model",
     "load_reward_model": "load",
     "export_model": "export",

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
 
 from rollouts.errors import UserError
+from rollouts.models.critic import add_value_head
 from rollouts.training.backends.optimizers import (
     CombinedOptimizer,
     OptimizerConfig,
@@ -100,6 +101,21 @@ def test_muon_gets_the_hidden_matrices_and_nothing_else(
     assert adamw == set(names.values()) - muon
     assert {g["lr"] for g in optimizer.optimizers[0].param_groups} == {0.03}
     assert {g["lr"] for g in optimizer.optimizers[1].param_groups} == {1e-3}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_value_head_has_a_rate_of_its_own_and_does_not_decay(
+    make_tiny_model: Callable[..., PreTrainedModel], name: str
+) -> None:
+    model = make_tiny_model()
+    add_value_head(model)
+    config = OptimizerConfig(name, lr=1e-3, weight_decay=0.1)
+    for head_lr in (0.02, None):
+        optimizer = create_optimizer(model, config, head_lr)
+        [group] = [g for g in optimizer.param_groups if any(p is model.value_head.weight for p in g["params"])]
+        assert len(group["params"]) == 1 and group["weight_decay"] == 0.0 and group["lr"] == (head_lr or 1e-3)
+        inner = optimizer.optimizers[-1] if name == "muon" else optimizer
+        assert isinstance(inner, torch.optim.AdamW) and any(g is group for g in inner.param_groups)
 
 
 def test_muon_knows_the_output_layer_by_its_place_not_its_name() -> None:
