@@ -107,14 +107,10 @@ async def learn_from_rollouts(
     columns: dict[str, Sequence[np.ndarray]] = {}
     metrics: dict[str, float] = {}
     with watch.phase("log_probs"):
-        if models.has_value_head and needs_old_log_probs(config, models.loss):
-            both = await read_per_token(
-                lambda batches: models.policy.compute_log_probs_and_values(batches, config.temperature),
-                models.policy,
-                samples,
-                config,
+        if needs_old_log_probs(config, models.loss) and models.has_value_head:
+            columns["old_log_probs"], columns["values"] = await read_log_probs_and_values(
+                models.policy, samples, config
             )
-            columns["old_log_probs"], columns["values"] = [x[:, 0] for x in both], [x[:, 1] for x in both]
         elif needs_old_log_probs(config, models.loss):
             columns["old_log_probs"] = await read_log_probs(models.policy, models.policy, samples, config)
         elif config.old_log_probs == "rollout":
@@ -181,22 +177,22 @@ async def update(models: RLModels, batches: list[Batch], config: RLTrainingConfi
     """One optimizer step of the policy and, where there is one, of the critic."""
     metrics: dict[str, float] = {}
     policy, critic = models.policy, models.critic
-    values_alone = step < config.value_steps
-    if critic is not None and not models.has_value_head:
+    values_alone = critic is not None and step < config.value_steps
+    if critic is not None and critic is not policy:
         learned = await perform(lambda: critic.forward_backward(batches), config)
         updated = await perform(critic.optim_step, config)
-        metrics |= {f"critic/{name}": value for name, value in {**learned, **updated}.items() if name != "step"}
-    if models.has_value_head or not values_alone:
+        metrics = {f"critic/{name}": value for name, value in {**learned, **updated}.items() if name != "step"}
         if values_alone:
-            batches = [{**batch, "values_alone": True} for batch in batches]
-        elif models.reference is not None and measures_full_kl(models.loss):
-            reference: Any = models.reference
-            states = await perform(lambda: reference.compute_states(batches), config)
-            batches = [{**batch, "ref_logits": found} for batch, found in zip(batches, states, strict=True)]
-        learned = await perform(lambda: policy.forward_backward(batches), config)
-        updated = await perform(lambda: policy.optim_step(lr=config.learning_rate), config)
-        metrics |= learned | {name: value for name, value in updated.items() if name != "step"}
-    return metrics
+            return metrics
+    if values_alone:
+        batches = [{**batch, "values_alone": True} for batch in batches]
+    elif models.reference is not None and measures_full_kl(models.loss):
+        reference: Any = models.reference
+        states = await perform(lambda: reference.compute_states(batches), config)
+        batches = [{**batch, "ref_logits": found} for batch, found in zip(batches, states, strict=True)]
+    learned = await perform(lambda: policy.forward_backward(batches), config)
+    updated = await perform(lambda: policy.optim_step(lr=config.learning_rate), config)
+    return metrics | learned | {name: value for name, value in updated.items() if name != "step"}
 
 
 async def learn_process_rewards(
@@ -402,13 +398,23 @@ async def read_log_probs(
     )
 
 
+async def read_log_probs_and_values(
+    policy: PyTorchTrainingBackend, samples: Sequence[Sample], config: RLTrainingConfig
+) -> tuple[Arrays, Arrays]:
+    """Both [n_i] of each sample, in one pass over a policy that is its own critic."""
+    both = await read_per_token(
+        lambda batches: policy.compute_log_probs_and_values(batches, config.temperature), policy, samples, config
+    )
+    return [x[:, 0] for x in both], [x[:, 1] for x in both]
+
+
 async def read_per_token(
     compute: Callable[[list[Batch]], TrainFuture[list[torch.Tensor]]],
     backend: PyTorchTrainingBackend,
     samples: Sequence[Sample],
     config: RLTrainingConfig,
 ) -> Arrays:
-    """What ``compute`` finds for the learned tokens of each sample, [n_i] float32; the same on every rank."""
+    """What ``compute`` finds for the learned tokens of each sample, [n_i, ...] float32; the same on every rank."""
     batches, members = collate_rl_step(
         samples,
         range(len(samples)),
