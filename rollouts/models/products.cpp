@@ -16,9 +16,9 @@ extern "C" int products_are_here() {
 extern "C" int product(Matrix a, Matrix b, bf16* out, float* total, int64_t M, int64_t N, int64_t K, int64_t threads) {
   const int64_t words = (K + 1) / 2;
   uint32_t* packed_b = numbers<uint32_t>(words * N);
-  uint32_t* packed_a = a.transposed ? numbers<uint32_t>(words * blocks(M) * BLOCK) : nullptr;
+  uint32_t* packed_a = a.transposed ? numbers<uint32_t>(words * M) : nullptr;
   const bool fits = packed_b && (packed_a || !a.transposed);
-  const Left left = packed_a ? Left{(bf16*)packed_a, 2, 2 * BLOCK} : Left{a.data, a.stride, 2};
+  const Left left = packed_a ? in_groups(packed_a, words) : in_place(a.data, a.stride);
   if (fits)
 #pragma omp parallel num_threads((int)threads)
   {
@@ -26,7 +26,7 @@ extern "C" int product(Matrix a, Matrix b, bf16* out, float* total, int64_t M, i
     if (packed_a) pack_left(a.data, a.stride, M, K, packed_a);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < blocks(M) * panels(N); i++)
-      block_task(i, left, BLOCK * (packed_a ? 2 * words : a.stride), M, N, words, packed_b, out, total);
+      block_task(i, left, M, words, packed_b, {out, total, total, N});
   }
   free(packed_a);
   free(packed_b);
