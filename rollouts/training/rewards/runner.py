@@ -15,14 +15,13 @@ Where a reward runs (``isolation``):
 - "auto" (default): async functions and the shipped rewards that cannot hang run inline, a function with an attribute
   ``isolation`` runs as that says, and everything else, so every user's function, runs in a process.
 
-A function with an attribute ``prepare`` has it called with its options before the first sample, without a time limit:
-for what takes long to load.
+A function with an attribute ``prepare`` has it called with its options where it runs (in every worker process), before
+the first sample and without its time limit: for what takes long to load.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import logging
 import os
@@ -42,7 +41,7 @@ import anyio.to_thread
 from rollouts.errors import UserError
 from rollouts.training.rewards.process_pool import ProcessPool, Unsendable, WorkerDied
 from rollouts.training.rewards.registry import CHEAP, NamedReward, Reward, RewardLike, load_rewards, unwrapped
-from rollouts.training.rewards.worker import NotAReward, call, checked, describe
+from rollouts.training.rewards.worker import NotAReward, call, checked, describe, prepare
 from rollouts.training.types import Sample, SampleStatus
 
 log = logging.getLogger(__name__)
@@ -141,10 +140,9 @@ class RewardRunner:
         self._process_slots: anyio.CapacityLimiter | None = None
 
     async def __aenter__(self) -> RewardRunner:
-        for reward in self.rewards:
-            if prepare := getattr(unwrapped(reward.function), "prepare", None):
-                options = getattr(reward.function, "keywords", {})  # of a functools.partial
-                await anyio.to_thread.run_sync(functools.partial(prepare, **options))
+        for reward, where in zip(self.rewards, self._isolations):
+            if where != "process" and hasattr(unwrapped(reward.function), "prepare"):
+                await anyio.to_thread.run_sync(prepare, reward.function)
         self._slots, self._process_slots = (anyio.CapacityLimiter(n) for n in self._limits)
         return self
 

@@ -34,6 +34,13 @@ def symbolic_math(sample: Sample, *, tag: str | None = None, digits: int = 6) ->
     return float(bool(answer) and verify(list(gold), answer, float_rounding=digits, timeout_seconds=None))
 
 
+def _prepare(**options: object) -> None:
+    _math_verify()
+
+
+symbolic_math.prepare = _prepare  # type: ignore[attr-defined]
+
+
 @cache
 def _reference(text: str) -> tuple[Any, ...]:
     """The reference answer parsed; bare LaTeX (``\\frac{1}{2}``) is as good as delimited (``$\\frac{1}{2}$``)."""

@@ -1,6 +1,6 @@
 """A process that calls reward functions for another: one request in, one answer out, for as long as its parent lives.
 
-    parent ──(pickled: sys.path, modules made from files, functions)──► worker: loads them, answers "ready"
+    parent ──(pickled: sys.path, modules made from files, functions)──► worker: loads and prepares them, says "ready"
     parent ──(pickled: number of a function, a sample)────────────────► worker: calls it, answers {"value": ...} or
                                                                         {"raised": ...} as JSON
     parent's end of the lifeline closes (however it died) ─────────────► the kernel kills the worker's process group
@@ -11,6 +11,8 @@ The answers are JSON, so that nothing a reward function made is unpickled by the
 from __future__ import annotations
 
 import fcntl
+import functools
+import inspect
 import json
 import math
 import numbers
@@ -78,6 +80,20 @@ class NotAReward(Exception):
     """What a reward function gave back is no reward; the message says what it was."""
 
 
+def prepare(function: Callable[..., Any]) -> None:
+    """Load what takes long before the first sample's time begins: what its ``prepare`` loads, or an event loop."""
+    options = getattr(function, "keywords", {})  # of a functools.partial
+    while isinstance(function, functools.partial):
+        function = function.func
+    if ready := getattr(function, "prepare", None):
+        ready(**options)
+    if inspect.iscoroutinefunction(function):
+        import anyio
+        import anyio.lowlevel
+
+        anyio.run(anyio.lowlevel.checkpoint)
+
+
 def call(function: Callable[[Any], Any], sample: Any) -> Any:
     """``function(sample)``, in an event loop of its own where it is async."""
     value = function(sample)
@@ -135,7 +151,10 @@ def _load(message: bytes | None) -> list[Callable[..., Any]]:
     modules, functions = pickle.loads(message or b"")
     for name, (path, source) in modules.items():
         make_module(name, path, source)
-    return pickle.loads(functions)
+    loaded = pickle.loads(functions)
+    for function in loaded:
+        prepare(function)
+    return loaded
 
 
 def _receive(channel: socket.socket) -> bytes | None:
