@@ -149,14 +149,14 @@ def test_a_hanging_reward_delays_nobody_beyond_its_limit() -> None:
     hanging, well = [sample("loop"), sample("loop")], [sample("well", id=str(i)) for i in range(20)]
 
     async def beside() -> None:
-        async with RewardRunner(misbehaving, timeout=600, max_concurrent=3) as runner:
-            async with anyio.create_task_group() as tasks:
-                for s in hanging:
-                    tasks.start_soon(runner.score, [s])
-                async with anyio.create_task_group() as others:  # through the third worker, while two hang
-                    for s in well:
-                        others.start_soon(runner.score, [s])
-                tasks.cancel_scope.cancel()
+        runner = RewardRunner(misbehaving, timeout=600, max_concurrent=3)
+        async with runner, anyio.create_task_group() as tasks:
+            for s in hanging:
+                tasks.start_soon(runner.score, [s])
+            async with anyio.create_task_group() as others:  # through the third worker, while two hang
+                for s in well:
+                    others.start_soon(runner.score, [s])
+            tasks.cancel_scope.cancel()
 
     async def limited() -> float:
         async with RewardRunner(misbehaving, timeout=1.0, max_concurrent=2) as runner:
