@@ -60,7 +60,7 @@ def _no_clock(self: PyTorchTrainingBackend, folder: Path) -> dict[str, Any]:
     return state
 
 
-def _no_weights(self: PyTorchTrainingBackend, tensors: Any) -> None: ...
+def _no_weights(self: PyTorchTrainingBackend, tensors: Any, head_too: bool) -> None: ...
 
 
 def _no_early_stopping(self: PyTorchTrainingBackend, folder: Path) -> dict[str, Any]:
