@@ -13,7 +13,14 @@ import yaml
 
 from rollouts.errors import UserError
 from rollouts.recipes import rl_schema
-from rollouts.recipes.build_rl import build_config, build_rollouts, build_servers, check_prompts, load_functions
+from rollouts.recipes.build_rl import (
+    build_config,
+    build_rollouts,
+    build_servers,
+    check_prompts,
+    load_functions,
+    optimizer_steps,
+)
 from rollouts.recipes.load import load_recipe, to_yaml
 from rollouts.recipes.rl_schema import ALGORITHMS, RLRecipe
 from rollouts.training import (
@@ -63,6 +70,12 @@ def test_every_algorithm_is_one_line(tmp_path: Path) -> None:
             assert config.advantage == "gae" and recipe.critic is not None and recipe.needs_reference
         if name == "gspo":
             assert config.loss.name == "gspo" and config.loss.bounds == (3e-4, 4e-4)
+
+
+def test_the_schedule_spans_the_steps_of_the_policy(tmp_path: Path) -> None:
+    steps = {"num_steps": 10, "mini_batches": 4, "value_steps": 5}
+    assert optimizer_steps(load(tmp_path, algorithm="ppo", train=steps)) == 5 * 4
+    assert optimizer_steps(load(tmp_path, algorithm="ppo", critic={"shared": True}, train=steps)) == 10 * 4
 
 
 def test_servers_as_engines(tmp_path: Path, make_tiny_model: Any) -> None:

@@ -23,6 +23,7 @@ from rollouts.training import OptimizerConfig, PyTorchTrainingBackend, RLTrainin
 from rollouts.training.algorithms.policy_losses import PolicyLossConfig, make_policy_loss
 from rollouts.training.algorithms.value import ValueLossConfig, make_shared_loss, make_value_loss
 from rollouts.training.loops.rl_batches import collate_rl_step
+from rollouts.training.loops.rl_loop import prepare_models
 from rollouts.training.sft_losses import causal_lm_loss
 
 
@@ -156,6 +157,12 @@ def test_the_head_stays_with_the_trainer(make_tiny_model, tiny_tokenizer, tmp_pa
     assert torch.equal(head_of(model), before)
     with EmbeddedEngine(copy.deepcopy(model), tiny_tokenizer, max_length=32) as engine:  # a copy that has it, too
         assert engine.update_weights(backend.get_weights().wait(), 7).wait() == 7
+
+
+def test_it_is_one_model_to_commit(make_tiny_model) -> None:
+    backend = policy_of(make_tiny_model())
+    models = prepare_models(backend, None, backend, None, RLTrainingConfig(num_steps=1, advantage="gae"))
+    assert models.has_value_head and models.companions == []
 
 
 def test_what_does_not_fit_is_named(make_tiny_model, tiny_tokenizer, tmp_path: Path) -> None:

@@ -132,6 +132,7 @@ async def test_a_group_behind_the_batch_is_judged_by_what_the_next_weights_say()
             second = await manager.generate_batch()
         resumed = AsyncRolloutManager(numbered(10), settings)
         resumed.load_state_dict(state)
+        assert json.loads(json.dumps(resumed.state_dict())) == state
         again = await resumed.generate_batch()
         assert [s.to_dict() for s in again.samples] == [s.to_dict() for s in second.samples]
         assert second.metadata["dropped"] == {}
