@@ -192,7 +192,9 @@ inline Store rounded_into(bf16* out, int64_t N) { return {out, nullptr, nullptr,
 
 // One of a product's tasks, panel by panel within a block of rows.
 void block_task(int64_t task, const Left& a, int64_t M, int64_t words, const uint32_t* packed_b, const Store& store) {
-  const int64_t m = task / panels(store.N) * BLOCK, n = task % panels(store.N) * PANEL;
+  const bool wide = store.N > 4 * M;  // what is larger is read once
+  const int64_t m = (wide ? task % blocks(M) : task / panels(store.N)) * BLOCK;
+  const int64_t n = (wide ? task / blocks(M) : task % panels(store.N)) * PANEL;
   panel_of(least(PANEL, store.N - n), a.from(m), least(BLOCK, M - m), packed_b + n * words, words, store.at(m, n));
 }
 
