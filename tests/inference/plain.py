@@ -1,18 +1,47 @@
-"""The independent reference of the engine's tests: plain transformers, one sequence at a time."""
+"""The independent reference of the engine's tests: plain transformers, one sequence at a time; and an engine held."""
 
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from rollouts.inference import Completion, SamplingParams
+from rollouts.inference import Completion, EmbeddedEngine, SamplingParams
 from rollouts.inference.random_numbers import stream_start, uniforms
 
 ROUNDING = 1e-4  # of log-probs, and of what they add up to
+
+
+class Held:
+    """An engine that steps only while ``may_step()``, until it is let go; commands and updates come in all the same.
+
+    What a test finds in flight is in flight then, however fast the engine is and however slow the test.
+    """
+
+    def __init__(self, engine: EmbeddedEngine, may_step: Callable[[], bool]) -> None:
+        self.may_step = may_step
+        self._stands, self._free = threading.Event(), threading.Event()
+        self._step = engine._thread._step
+        engine._thread._step = self._step_or_stand  # type: ignore[method-assign]
+
+    def _step_or_stand(self) -> None:
+        if self._free.is_set() or self.may_step():
+            self._step()
+        else:
+            self._stands.set()
+            time.sleep(0.001)
+
+    def wait(self) -> None:
+        """Until it stands."""
+        assert self._stands.wait(120)
+
+    def let_go(self) -> None:
+        self._free.set()
 
 
 def random_prompt(length: int, seed: int = 0) -> list[int]:

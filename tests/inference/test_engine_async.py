@@ -13,7 +13,7 @@ import anyio
 import anyio.to_thread
 import pytest
 import torch
-from plain import plain_greedy, plain_log_probs, random_prompt
+from plain import Held, plain_greedy, plain_log_probs, random_prompt
 from transformers import PreTrainedModel
 
 from rollouts.errors import UserError
@@ -39,7 +39,20 @@ def engine(peaked_model: PreTrainedModel) -> Iterator[EmbeddedEngine]:
         yield engine
 
 
-async def until(condition, seconds: float = 20) -> None:  # type: ignore[no-untyped-def]
+def hold_at(engine: EmbeddedEngine, count: int, there: Callable[[], bool]) -> Held:
+    """The engine begins when ``count`` samples are in line, and stands still from where ``there()`` is true."""
+    begun, stands = False, False
+
+    def may_step() -> bool:
+        nonlocal begun, stands
+        begun = begun or engine.num_running + engine.num_waiting == count
+        stands = stands or (begun and there())
+        return begun and not stands
+
+    return Held(engine, may_step)
+
+
+async def until(condition, seconds: float = 60) -> None:  # type: ignore[no-untyped-def]
     with anyio.fail_after(seconds):
         while not condition():
             await anyio.sleep(0.002)
@@ -121,6 +134,7 @@ async def test_a_stream_that_looks_while_its_end_is_told_misses_nothing(
 
 
 async def test_cancelling_frees_rows_and_pages(engine: EmbeddedEngine) -> None:
+    held = hold_at(engine, 12, lambda: engine.num_running == 8)
     async with anyio.create_task_group() as tasks:
         for i in range(12):  # four of them wait for a row
             tasks.start_soon(engine.generate, random_prompt(20, i), ENDLESS)
@@ -129,6 +143,7 @@ async def test_cancelling_frees_rows_and_pages(engine: EmbeddedEngine) -> None:
         tasks.cancel_scope.cancel()
     await until(lambda: engine.num_running == engine.num_waiting == 0)
     assert time.monotonic() - started < 5
+    held.let_go()
     assert engine.num_free_pages == engine.num_pages
     assert len((await engine.generate([5], GREEDY)).token_ids) == 24
 
@@ -145,6 +160,7 @@ async def test_a_request_is_aborted_by_its_id_whether_it_runs_waits_or_streams(e
         async for chunk in engine.stream([5, 6], ENDLESS, request_id="streamed"):
             chunks.append(chunk)
 
+    held = hold_at(engine, 8, lambda: engine.num_running == 8 and engine.num_sampled_tokens > 60)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(stream)
         tasks.start_soon(group, "one")
@@ -162,6 +178,7 @@ async def test_a_request_is_aborted_by_its_id_whether_it_runs_waits_or_streams(e
         await engine.abort("streamed")
         await until(lambda: "one" in groups and bool(chunks) and chunks[-1].completion is not None)
         tasks.cancel_scope.cancel()
+    held.let_go()
     full = await engine.generate_group(random_prompt(20), SamplingParams(max_tokens=400, n=2, seed=3, ignore_eos=True))
     for got, whole in zip(groups["one"], full, strict=True):
         count = len(got.token_ids)
@@ -182,10 +199,12 @@ async def test_preempted_samples_are_aborted_with_what_they_had(peaked_model: Pr
         async def one(i: int) -> None:
             results[i] = await engine.generate(random_prompt(20, i), params)
 
+        held = hold_at(engine, 6, lambda: engine.num_preemptions > 0 and engine.num_waiting > 0)
         async with anyio.create_task_group() as tasks:
             for i in range(6):
                 tasks.start_soon(one, i)
             await until(lambda: engine.num_preemptions > 0 and engine.num_waiting > 0)
+            held.wait()
             await engine.pause_generation()
             await engine.abort_all()
             await engine.continue_generation()
@@ -226,10 +245,12 @@ async def test_leaving_a_stream_stops_its_sampling(engine: EmbeddedEngine) -> No
 async def test_cancelled_company_does_not_change_a_sample(engine: EmbeddedEngine) -> None:
     params = SamplingParams(max_tokens=80, seed=2, ignore_eos=True)
     alone = await engine.generate([5, 6, 7], params)
+    held = hold_at(engine, 6, lambda: engine.num_running == 6)
     async with anyio.create_task_group() as tasks:
         for i in range(6):
             tasks.start_soon(engine.generate, random_prompt(30, i), ENDLESS)
         await until(lambda: engine.num_running == 6)
+        held.let_go()
 
         async def cancel_soon() -> None:
             await anyio.sleep(0.01)
@@ -251,6 +272,7 @@ async def test_closing_wakes_everyone(peaked_model: PreTrainedModel) -> None:
         except RuntimeError as error:
             failures.append(str(error))
 
+    hold_at(engine, 2, lambda: engine.num_running == 2)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(wait)
         tasks.start_soon(wait)
@@ -272,6 +294,7 @@ async def test_a_command_that_fails_leaves_nobody_waiting(peaked_model: PreTrain
         except (RuntimeError, ZeroDivisionError) as error:
             told.append(str(error))
 
+    hold_at(engine, 1, lambda: engine.num_running == 1)
     with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(wait, lambda: engine.generate([5], ENDLESS))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from plain import plain_log_probs, random_prompt
+from plain import Held, plain_log_probs, random_prompt
 from transformers import PreTrainedModel
 
 from rollouts.inference import Completion, EmbeddedEngine, SamplingParams
@@ -103,9 +102,10 @@ def test_new_weights_half_way_score_the_whole_prompt_anew(make_peaked_model: Cal
     with EmbeddedEngine(make_peaked_model(seed=0), max_length=1024, step_tokens=16) as engine:
         results: list[Completion] = []
         thread = threading.Thread(target=lambda: results.extend(engine.generate_batch([prompt], SCORE)))
+        held = Held(engine, lambda: engine.num_prefilled_tokens < 32)
         thread.start()
-        while engine.num_prefilled_tokens < 32:
-            time.sleep(0.0005)
-        engine.update_weights(other, mode="continue").wait(10)
+        held.wait()
+        engine.update_weights(other, mode="continue").wait(60)
+        held.let_go()
         thread.join()
     assert_scores(other, prompt, results[0])

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import pytest
-from plain import plain_greedy, random_prompt
+from plain import Held, plain_greedy, random_prompt
 from transformers import PreTrainedModel
 
 from rollouts.inference import EmbeddedEngine, SamplingParams, StopReason
@@ -45,14 +46,15 @@ async def test_pause_continue_abort(make_peaked_model: Callable[..., PreTrainedM
         async def generate() -> None:
             results.append(await engine.generate_group(PROMPT, LONG))
 
-        with anyio.fail_after(20):
+        held = Held(engine, lambda: engine.num_sampled_tokens < 6)
+        with anyio.fail_after(120):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(generate)
-                while engine.num_sampled_tokens < 6:
-                    await anyio.sleep(0.001)
+                await anyio.to_thread.run_sync(held.wait)
                 await engine.pause_generation()
                 await engine.pause_generation()
                 count = engine.num_sampled_tokens
+                held.may_step = lambda: engine.num_sampled_tokens < count + 20
                 await anyio.sleep(0.05)
                 assert engine.num_sampled_tokens == count and not results
                 await engine.continue_generation()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 import torch
-from plain import plain_greedy, plain_log_probs, random_prompt
+from plain import Held, plain_greedy, plain_log_probs, random_prompt
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from rollouts.errors import UserError
@@ -37,18 +37,16 @@ def engine(model: PreTrainedModel) -> Iterator[EmbeddedEngine]:
         yield engine
 
 
-def in_background(engine: EmbeddedEngine, count: int = 1) -> tuple[threading.Thread, list[Completion]]:
-    """``count`` long samples, of which as many as there are rows are under way."""
+def in_background(engine: EmbeddedEngine, count: int = 1) -> tuple[threading.Thread, list[Completion], Held]:
+    """``count`` long samples, of which as many as there are rows are under way, and held there."""
     results: list[Completion] = []
     prompts = [random_prompt(40, seed) for seed in range(count)]
     thread = threading.Thread(target=lambda: results.extend(engine.generate_batch(prompts, LONG)))
-    before = engine.num_sampled_tokens
+    enough = engine.num_sampled_tokens + 3 * min(count, 4)
+    held = Held(engine, lambda: engine.num_sampled_tokens < enough)
     thread.start()
-    deadline = time.monotonic() + 20
-    while engine.num_sampled_tokens < before + 3 * min(count, 4):
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    return thread, results
+    held.wait()
+    return thread, results, held
 
 
 def test_a_trainer_changes_shared_weights_in_place(engine: EmbeddedEngine, model: PreTrainedModel) -> None:
@@ -56,7 +54,7 @@ def test_a_trainer_changes_shared_weights_in_place(engine: EmbeddedEngine, model
     with engine.paused(), torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    assert engine.update_weights().wait(10) == 6
+    assert engine.update_weights().wait(60) == 6
     (after,) = engine.generate_batch([PROMPT], GREEDY)
     assert after.num_cached_tokens == 0  # cached text is of weights that are no more
     assert after.token_ids == plain_greedy(model, PROMPT, 24) != before.token_ids
@@ -68,7 +66,7 @@ def test_weights_are_copied_into_the_engines_own_storage(
     engine: EmbeddedEngine, model: PreTrainedModel, other: PreTrainedModel, as_model: bool
 ) -> None:
     places = [p.data_ptr() for p in model.parameters()]
-    engine.update_weights(other if as_model else other.state_dict(), version=9).wait(10)
+    engine.update_weights(other if as_model else other.state_dict(), version=9).wait(60)
     assert [p.data_ptr() for p in model.parameters()] == places
     (got,) = engine.generate_batch([PROMPT], GREEDY)
     assert got.token_ids == plain_greedy(other, PROMPT, 24)
@@ -81,8 +79,9 @@ def test_draining_lets_samples_in_flight_end_on_the_old_weights(
     engine: EmbeddedEngine, model: PreTrainedModel, other: PreTrainedModel
 ) -> None:
     expected = engine.generate_batch([random_prompt(40, seed) for seed in range(6)], LONG)
-    thread, results = in_background(engine, count=6)  # four rows: two of the six have not begun
+    thread, results, held = in_background(engine, count=6)  # four rows: two of the six have not begun
     future = engine.update_weights(other, mode="drain")
+    held.let_go()
     (late,) = engine.generate_batch([PROMPT], GREEDY)
     thread.join()
     assert future.done()
@@ -103,8 +102,9 @@ def test_continuing_samples_tell_which_version_sampled_what(
     engine: EmbeddedEngine, model: PreTrainedModel, other: PreTrainedModel
 ) -> None:
     (old,) = engine.generate_batch([PROMPT], LONG)
-    thread, results = in_background(engine)
-    engine.update_weights(other, mode="continue").wait(10)
+    thread, results, held = in_background(engine)
+    engine.update_weights(other, mode="continue").wait(60)
+    held.let_go()
     thread.join()
     (got,) = results
     first, second = got.weight_versions
@@ -121,8 +121,9 @@ def test_retracted_samples_go_on_as_if_the_new_weights_had_read_them(
     engine: EmbeddedEngine, model: PreTrainedModel, other: PreTrainedModel
 ) -> None:
     (old,) = engine.generate_batch([PROMPT], LONG)
-    thread, results = in_background(engine, count=5)
-    engine.update_weights(other, mode="retract").wait(10)
+    thread, results, held = in_background(engine, count=5)
+    engine.update_weights(other, mode="retract").wait(60)
+    held.let_go()
     thread.join()
     for seed, got in enumerate(results[:4]):
         first, second = got.weight_versions
@@ -139,8 +140,9 @@ def test_a_flushed_cache_is_forgotten_and_disturbs_nobody(engine: EmbeddedEngine
     expected = engine.generate_batch([random_prompt(40, seed) for seed in range(2)], LONG)
     (known,) = engine.generate_batch([PROMPT], GREEDY)
     assert known.num_cached_tokens > 0
-    thread, results = in_background(engine, count=2)
-    engine.flush_cache().wait(10)
+    thread, results, held = in_background(engine, count=2)
+    engine.flush_cache().wait(60)
+    held.let_go()
     (got,) = engine.generate_batch([PROMPT], GREEDY)
     thread.join()
     assert (got.num_cached_tokens, got.token_ids, got.weight_version) == (0, known.token_ids, 5)
@@ -150,8 +152,9 @@ def test_a_flushed_cache_is_forgotten_and_disturbs_nobody(engine: EmbeddedEngine
 
 def test_aborted_samples_keep_what_they_have(engine: EmbeddedEngine, other: PreTrainedModel) -> None:
     (old,) = engine.generate_batch([PROMPT], LONG)
-    thread, results = in_background(engine, count=5)
-    engine.update_weights(other, mode="abort").wait(10)
+    thread, results, held = in_background(engine, count=5)
+    engine.update_weights(other, mode="abort").wait(60)
+    held.let_go()
     thread.join()
     assert [c.stop_reason for c in results] == [StopReason.ABORTED] * 4 + [StopReason.LENGTH]
     assert 0 < len(results[0].token_ids) < 400
@@ -165,11 +168,12 @@ def test_prompts_half_computed_begin_anew(model: PreTrainedModel, other: PreTrai
     with EmbeddedEngine(model, max_length=1024, step_tokens=16) as engine:
         results: list[Completion] = []
         thread = threading.Thread(target=lambda: results.extend(engine.generate_batch([prompt], GREEDY)))
+        held = Held(engine, lambda: engine.num_prefilled_tokens < 32)
         thread.start()
-        while engine.num_prefilled_tokens < 32:
-            time.sleep(0.0005)
+        held.wait()
         assert engine.num_prefilled_tokens < 900
-        engine.update_weights(other, mode="continue").wait(10)
+        engine.update_weights(other, mode="continue").wait(60)
+        held.let_go()
         thread.join()
     assert results[0].token_ids == plain_greedy(other, prompt, 24)
     assert results[0].weight_versions == [WeightSpan(1, 0, 24)]
@@ -183,7 +187,7 @@ def test_replaced_parameters_are_served_after_an_update(
     with engine.paused():
         model.load_state_dict({k: v.clone() for k, v in other.state_dict().items()}, assign=True)
         model.tie_weights()
-    engine.update_weights().wait(10)
+    engine.update_weights().wait(60)
     (got,) = engine.generate_batch([PROMPT], GREEDY)
     assert got.token_ids == plain_greedy(other, PROMPT, 24)
 
@@ -204,7 +208,7 @@ def test_weights_that_do_not_fit_change_nothing(
     else:
         state[name] = state[name][:3]
     with pytest.raises(UserError, match=r"up_proj"):
-        engine.update_weights(state).wait(10)
+        engine.update_weights(state).wait(60)
     assert engine.weights_checksum() == checksum
     assert engine.weight_version == 5
     with pytest.raises(UserError, match="drain"):
@@ -214,9 +218,9 @@ def test_weights_that_do_not_fit_change_nothing(
 def test_tied_weights_may_be_named_once_or_twice(engine: EmbeddedEngine, other: PreTrainedModel) -> None:
     state = dict(other.state_dict())
     assert "lm_head.weight" in state
-    engine.update_weights(state).wait(10)
+    engine.update_weights(state).wait(60)
     del state["lm_head.weight"]
-    engine.update_weights(state).wait(10)
+    engine.update_weights(state).wait(60)
 
 
 def test_the_checksum_sees_one_changed_bit(engine: EmbeddedEngine, model: PreTrainedModel) -> None:
@@ -231,8 +235,9 @@ def test_the_checksum_sees_one_changed_bit(engine: EmbeddedEngine, model: PreTra
 
 
 def test_nothing_steps_while_paused(engine: EmbeddedEngine) -> None:
-    thread, _ = in_background(engine)
+    thread, _, held = in_background(engine)
     with engine.paused():
+        held.let_go()
         before = engine.num_sampled_tokens
         time.sleep(0.05)
         assert engine.num_sampled_tokens == before
@@ -243,11 +248,11 @@ def test_nothing_steps_while_paused(engine: EmbeddedEngine) -> None:
 
 def test_an_update_of_shared_weights_costs_no_copy(engine: EmbeddedEngine) -> None:
     """Under 5 ms whatever the model's size, since nothing of its size happens."""
-    engine.update_weights().wait(10)
+    engine.update_weights().wait(60)
     times = []
     for _ in range(5):
         started = time.perf_counter()
-        engine.update_weights().wait(10)
+        engine.update_weights().wait(60)
         times.append(time.perf_counter() - started)
     assert min(times) < 0.005
 
