@@ -91,9 +91,11 @@ def test_gsm8k_loads_in_seconds_and_again_from_the_cache_at_once(
     start = time.perf_counter()
     first = load_sft_dataset(file, minimind)
     fresh = time.perf_counter() - start
-    start = time.perf_counter()
-    again = load_sft_dataset(file, minimind)
-    cached = time.perf_counter() - start
+    cached = fresh
+    for _ in range(3):  # a moment in which the machine does something else hits one of them
+        start = time.perf_counter()
+        again = load_sft_dataset(file, minimind)
+        cached = min(cached, time.perf_counter() - start)
     assert len(first) == len(again) == 7473
     assert fresh < 60  # 3 to 6 s on two idle cores; the bound only catches work per token in Python
     assert cached < fresh / 4
