@@ -62,6 +62,8 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def compiler() -> None:
     """For tests of compiled code: skipped where nothing can compile it, failing where something cannot be compiled."""
+    if os.environ.get("ROLLOUTS_NATIVE") == "0":
+        pytest.skip("ROLLOUTS_NATIVE=0 forbids compiled code")
     if platform.system() != "Linux" or shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("compiled code needs Linux and g++")
 
