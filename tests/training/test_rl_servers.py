@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -105,11 +106,13 @@ def command(tiny_model_dir: Path) -> list[str]:
 @pytest.fixture
 def servers(command: list[str], tmp_path: Path) -> Iterator[list[tuple[str, int]]]:
     """Two servers, each a process of its own: address and process id."""
-    processes = [
-        subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True, start_new_session=True)
-        for _ in range(2)
-    ]
+    reserved, processes = [socket.socket() for _ in range(2)], []
     try:
+        for port in reserved:  # bound, not listening: nobody else gets it while a killed server is away
+            port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            port.bind(("127.0.0.1", 0))
+            serve = [*command, "--port", str(port.getsockname()[1])]
+            processes.append(subprocess.Popen(serve, stdout=subprocess.PIPE, text=True, start_new_session=True))
         found = []
         for process in processes:
             assert process.stdout is not None
@@ -123,6 +126,8 @@ def servers(command: list[str], tmp_path: Path) -> Iterator[list[tuple[str, int]
         for process in processes:
             process.kill()
             process.wait()
+        for port in reserved:
+            port.close()
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
