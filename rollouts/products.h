@@ -2,9 +2,8 @@
 //
 // A product is left [M, K] times right [K, N], summed in float. A word is two bfloat16 numbers that follow each other
 // along K, which the processor multiplies and adds in one go. The right matrix is copied into panels [words][up to 64
-// columns]; the left one is read where it lies, unless it is stored the other way round: then it is copied into groups
-// [words][16 rows], each one stream of memory. A task is some rows by one panel; 6 rows by 64 columns of sums stay in
-// registers.
+// columns]; the left one is read where it lies, unless it is stored the other way round: then it is copied into blocks
+// [words][96 rows]. A task is some rows by one panel; 6 rows by 64 columns of sums stay in registers.
 
 #pragma once
 
@@ -26,19 +25,11 @@ struct Matrix {
   bool transposed;  // stored [columns, rows]
 };
 
-const int64_t GROUP = 16;  // rows of a left matrix that lie together where it was copied; BLOCK is a multiple
-
-// Where a left matrix lies: word k of row r begins at data + r / GROUP * group + r % GROUP * row + k * word.
+// Where a left matrix lies: word k of row r begins at data + r * row + k * word.
 struct Left {
   const bf16* data;
-  int64_t row, word, group;
-  const bf16* line(int64_t r) const { return data + r / GROUP * group + r % GROUP * row; }
-  Left from(int64_t m) const { return {data + m / GROUP * group, row, word, group}; }  // of a group's first row
+  int64_t row, word;
 };
-inline Left in_place(const bf16* data, int64_t stride) { return {data, stride, 2, GROUP * stride}; }
-inline Left in_groups(const uint32_t* packed, int64_t words) {
-  return {(const bf16*)packed, 2, 2 * GROUP, 2 * GROUP * words};
-}
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -94,14 +85,14 @@ void pack_right(const Matrix& b, int64_t N, int64_t K, int64_t first, int64_t wo
   }
 }
 
-// A left matrix [M, K] stored [K, M] -> groups; M is a multiple of GROUP.
+// A left matrix [M, K] stored [K, M] -> blocks; block m begins at packed + m * words.
 void pack_left(const bf16* data, int64_t stride, int64_t M, int64_t K, uint32_t* packed) {
   const int64_t words = (K + 1) / 2;
 #pragma omp for schedule(static)
   for (int64_t k = 0; k < words; k++)
-    for (int64_t m = 0; m < M; m += GROUP) {
+    for (int64_t m = 0; m < M; m += BLOCK) {
       const bf16* row = data + 2 * k * stride + m;
-      interleave(row, 2 * k + 1 < K ? row + stride : nullptr, GROUP, packed + m * words + k * GROUP);
+      interleave(row, 2 * k + 1 < K ? row + stride : nullptr, least(BLOCK, M - m), packed + m * words + k * BLOCK);
     }
 }
 
@@ -145,7 +136,7 @@ void panel(const Left& a, int64_t rows, const uint32_t* b, int64_t words, const 
     for (int64_t m = 0; m < rows; m += ROWS) {
       const int64_t count = least(ROWS, rows - m);
       const bf16* lines[ROWS];
-      for (int64_t r = 0; r < ROWS; r++) lines[r] = a.line(m + least(r, count - 1)) + k * a.word;
+      for (int64_t r = 0; r < ROWS; r++) lines[r] = a.data + (m + least(r, count - 1)) * a.row + k * a.word;
       tile<V>(lines, a.word, b + k * 16 * V, depth, sums + m * PANEL, k == 0, k + depth == words,
               [&](const __m512(&acc)[ROWS][V]) { finish(m, count, acc); });
     }
@@ -162,40 +153,31 @@ void panel_of(int64_t width, const Left& a, int64_t rows, const uint32_t* b, int
   }
 }
 
-// What becomes of sums: what `before` holds is added where there is one, and all goes to `total`, or rounded into `out`
-// where there is one; rows lie N apart.
+// What becomes of sums: they are added to `total` where there is one, else rounded into `out`; rows lie N apart.
 struct Store {
   bf16* out;
-  const float* before;
   float* total;
   int64_t N;
-  Store at(int64_t m, int64_t n) const {
-    const int64_t i = m * N + n;
-    return {out ? out + i : nullptr, before ? before + i : nullptr, total ? total + i : nullptr, N};
-  }
   template <int V>
   void operator()(int64_t m, int64_t count, const __m512 (&acc)[ROWS][V]) const {
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++)
       for (int v = 0; v < V; v++) {
-        if (r >= count) continue;
-        const int64_t i = (m + r) * N + v * 16;
-        const __m512 sum = before ? _mm512_add_ps(_mm512_loadu_ps(before + i), acc[r][v]) : acc[r][v];
-        if (out)
-          _mm256_storeu_si256((__m256i*)(out + i), (__m256i)_mm512_cvtneps_pbh(sum));
-        else
-          _mm512_storeu_ps(total + i, sum);
+        const int64_t at = (m + r) * N + v * 16;
+        if (r < count && total)
+          _mm512_storeu_ps(total + at, _mm512_add_ps(_mm512_loadu_ps(total + at), acc[r][v]));
+        else if (r < count)
+          _mm256_storeu_si256((__m256i*)(out + at), (__m256i)_mm512_cvtneps_pbh(acc[r][v]));
       }
   }
 };
-inline Store rounded_into(bf16* out, int64_t N) { return {out, nullptr, nullptr, N}; }
 
 // One of a product's tasks, panel by panel within a block of rows.
-void block_task(int64_t task, const Left& a, int64_t M, int64_t words, const uint32_t* packed_b, const Store& store) {
-  const bool wide = store.N > 4 * M;  // what is larger is read once
-  const int64_t m = (wide ? task % blocks(M) : task / panels(store.N)) * BLOCK;
-  const int64_t n = (wide ? task / blocks(M) : task % panels(store.N)) * PANEL;
-  panel_of(least(PANEL, store.N - n), a.from(m), least(BLOCK, M - m), packed_b + n * words, words, store.at(m, n));
+void block_task(int64_t task, const Left& a, int64_t block_step, int64_t M, int64_t N, int64_t words,
+                const uint32_t* packed_b, bf16* out, float* total) {
+  const int64_t m = task / panels(N) * BLOCK, n = task % panels(N) * PANEL, at = m * N + n;
+  panel_of(least(PANEL, N - n), Left{a.data + m / BLOCK * block_step, a.row, a.word}, least(BLOCK, M - m),
+           packed_b + n * words, words, Store{out ? out + at : nullptr, total ? total + at : nullptr, N});
 }
 
 }  // namespace

@@ -45,7 +45,7 @@ struct Gate {
 struct GateBackward {
   const bf16* gate_up;   // [rows, 2 I]
   bf16* grads;           // [rows, 2 I]
-  uint32_t *to_gate_words, *to_up_words, *gated_words;  // of these rows: groups of the gradients, a panel; or null
+  uint32_t *to_gate_words, *to_up_words, *gated_words;  // of these rows: blocks of the gradients, a panel; or null
   int64_t I, column, words;
   template <int V>
   void operator()(int64_t m, int64_t count, const __m512 (&acc)[ROWS][V]) const {
@@ -72,7 +72,7 @@ struct GateBackward {
           _mm256_storeu_si256((__m256i*)(grads + row + 3 * I), _mm512_extracti64x4_epi64(to_up, 1));
         }
         if (!to_gate_words) continue;
-        const int64_t word = (m + r) / 2, at = line * words + word * GROUP;
+        const int64_t word = (m + r) / 2, at = line / BLOCK * BLOCK * words + word * BLOCK + line % BLOCK;
         _mm512_store_si512(to_gate_words + at, _mm512_permutexvar_epi16(pairs, to_gate));
         _mm512_store_si512(to_up_words + at, _mm512_permutexvar_epi16(pairs, to_up));
         _mm512_store_si512(gated_words + word * 16 * V + v * 16,
@@ -88,10 +88,6 @@ struct GateBackward {
     return {grad * up * (share + silu * (1.f - share)), grad * silu, silu * up};
   }
 };
-
-// Tokens at most that go backward before their part of the weights' gradients is summed up: what those products read is
-// in the cache then.
-const int64_t STRETCH = 1020;
 
 // Where the tokens are cut between tasks: some tens of rows each, fewer towards the end, so that threads end together.
 struct Cuts {
@@ -133,11 +129,11 @@ extern "C" int gated_forward(const bf16* x, const bf16* gate, const bf16* up, co
     for (int64_t c = 0; c < cuts.count; c++) {
       const int64_t t = cuts.at[c], rows = cuts.at[c + 1] - t;
       for (int64_t i = 0; i < I; i += PANEL / 2)
-        panel<4>(in_place(x + t * D, D), rows, packed_in + i * D, D / 2,
+        panel<4>({x + t * D, D, 2}, rows, packed_in + i * D, D / 2,
                  Gate{gate_up ? gate_up + t * 2 * I + i : nullptr, gated + i, I});
       for (int64_t n = 0; n < D; n += PANEL)
-        panel_of(least(PANEL, D - n), in_place(gated, I), rows, packed_out + n * (I / 2), I / 2,
-                 rounded_into(out + t * D + n, D));
+        panel_of(least(PANEL, D - n), {gated, I, 2}, rows, packed_out + n * (I / 2), I / 2,
+                 Store{out + t * D + n, nullptr, D});
     }
   }
   free(scratch);
@@ -150,61 +146,51 @@ extern "C" int gated_forward(const bf16* x, const bf16* gate, const bf16* up, co
 extern "C" int gated_backward(const bf16* grad, const bf16* x, const bf16* gate_up, const bf16* gate, const bf16* up,
                               const bf16* down, bf16* grad_x, bf16* grad_gate, bf16* grad_up, bf16* grad_down, int64_t T,
                               int64_t D, int64_t I, int64_t threads) {
-  const int64_t stretches = (T + STRETCH - 1) / STRETCH;
-  const int64_t stretch = stretches ? (T / stretches / ROWS + 1) * ROWS : 0;  // of nearly the same length each; even
+  const Cuts cuts(T, threads);
+  const int64_t words = (T + 1) / 2, half = blocks(I) * BLOCK * words;
   uint32_t *packed_down = numbers<uint32_t>(D / 2 * I), *packed_in = numbers<uint32_t>(D * I);
   bf16* scratch = numbers<bf16>(threads * BLOCK * 2 * I);
-  uint32_t* packed = grad_gate ? numbers<uint32_t>(stretch / 2 * (2 * D + 3 * I)) : nullptr;  // for weights' gradients
-  float* totals = grad_gate && T > stretch ? numbers<float>(3 * I * D) : nullptr;
-  bool fits = packed_down && packed_in && scratch && (packed || !grad_gate) && (totals || !grad_gate || T <= stretch);
-  for (int64_t s = 0; s < T && fits; s += stretch) {
-    const int64_t tokens = least(stretch, T - s), words = (tokens + 1) / 2;
-    const bool starts = s == 0, ends = s + tokens == T;
-    const Cuts cuts(tokens, threads);
-    if (!(fits = cuts.at)) break;
+  uint32_t* packed =  // for the gradients of weights
+      grad_gate ? numbers<uint32_t>(words * (D + I) + 2 * half + blocks(D) * BLOCK * words) : nullptr;
+  const bool fits = cuts.at && packed_down && packed_in && scratch && (packed || !grad_gate);
+  if (fits)
 #pragma omp parallel num_threads((int)threads)
-    {
-      uint32_t *packed_x = packed, *gated = packed_x + words * D;  // on the right, then on the left
-      uint32_t *to_gate = gated + words * I, *to_up = to_gate + words * I, *to_out = to_up + words * I;
-      if (starts) {
-        pack_right({down, I, false}, I, D, 0, D / 2, packed_down);
-        pack_right({gate, D, false}, D, I, 0, I, packed_in);  // gate's words, then up's
-        pack_right({up, D, false}, D, I, I / 2, I, packed_in);
-      }
-      if (packed) {
-        pack_right({x + s * D, D, false}, D, tokens, 0, words, packed_x);
-        pack_left(grad + s * D, D, D, tokens, to_out);
-      }
-      bf16* grads = scratch + omp_get_thread_num() * BLOCK * 2 * I;
+  {
+    uint32_t *packed_x = packed, *gated = packed + words * D;                       // on the right
+    uint32_t *to_gate = gated + words * I, *to_up = to_gate + half, *to_out = to_up + half;  // on the left
+    pack_right({down, I, false}, I, D, 0, D / 2, packed_down);
+    pack_right({gate, D, false}, D, I, 0, I, packed_in);  // gate's words, then up's
+    pack_right({up, D, false}, D, I, I / 2, I, packed_in);
+    if (packed) {
+      pack_right({x, D, false}, D, T, 0, words, packed_x);
+      pack_left(grad, D, D, T, to_out);
+    }
+    bf16* grads = scratch + omp_get_thread_num() * BLOCK * 2 * I;
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t c = 0; c < cuts.count; c++) {
-        const int64_t at = cuts.at[c], rows = cuts.at[c + 1] - at, t = s + at;
-        for (int64_t i = 0; i < I; i += PANEL) {
-          const int64_t width = least(PANEL, I - i);
-          panel_of(width, in_place(grad + t * D, D), rows, packed_down + i * (D / 2), D / 2,
-                   GateBackward{gate_up + t * 2 * I, grads, packed ? to_gate + at / 2 * GROUP : nullptr,
-                                to_up + at / 2 * GROUP, gated + i * words + at / 2 * width, I, i, words});
-        }
-        if (grad_x)
-          for (int64_t n = 0; n < D; n += PANEL)
-            panel_of(least(PANEL, D - n), in_place(grads, 2 * I), rows, packed_in + n * I, I,
-                     rounded_into(grad_x + t * D + n, D));
+    for (int64_t c = 0; c < cuts.count; c++) {
+      const int64_t t = cuts.at[c], rows = cuts.at[c + 1] - t;
+      for (int64_t i = 0; i < I; i += PANEL) {
+        const int64_t width = least(PANEL, I - i);
+        panel_of(width, {grad + t * D, D, 2}, rows, packed_down + i * (D / 2), D / 2,
+                 GateBackward{gate_up + t * 2 * I, grads, packed ? to_gate + t / 2 * BLOCK : nullptr,
+                              to_up + t / 2 * BLOCK, gated + i * words + t / 2 * width, I, i, words});
       }
-      if (packed) {
-        const int64_t in = blocks(I) * panels(D), out = blocks(D) * panels(I);
-        const Left left[3] = {in_groups(to_gate, words), in_groups(to_up, words), in_groups(to_out, words)};
-        bf16* const grad_of[3] = {grad_gate, grad_up, grad_down};
+      if (grad_x)
+        for (int64_t n = 0; n < D; n += PANEL)
+          panel_of(least(PANEL, D - n), {grads, 2 * I, 2}, rows, packed_in + n * I, I,
+                   Store{grad_x + t * D + n, nullptr, D});
+    }
+    if (packed) {
+      const int64_t in = blocks(I) * panels(D), out = blocks(D) * panels(I);
+      const Left left[3] = {{(bf16*)to_gate, 2, 2 * BLOCK}, {(bf16*)to_up, 2, 2 * BLOCK}, {(bf16*)to_out, 2, 2 * BLOCK}};
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < 2 * in + out; i++) {
-          const int64_t w = i < in ? 0 : i < 2 * in ? 1 : 2;  // which of the weights
-          float* total = totals ? totals + w * I * D : nullptr;
-          block_task(i - w * in, left[w], w < 2 ? I : D, words, w < 2 ? packed_x : gated,
-                     {ends ? grad_of[w] : nullptr, starts ? nullptr : total, total, w < 2 ? D : I});
-        }
-      }
+      for (int64_t i = 0; i < 2 * in + out; i++)
+        if (i < 2 * in)
+          block_task(i % in, left[i / in], 2 * BLOCK * words, I, D, words, packed_x, i < in ? grad_gate : grad_up, nullptr);
+        else
+          block_task(i - 2 * in, left[2], 2 * BLOCK * words, D, I, words, gated, grad_down, nullptr);
     }
   }
-  free(totals);
   free(packed);
   free(scratch);
   free(packed_in);
