@@ -18,6 +18,7 @@ from rollouts.models.export import write_model
 from rollouts.models.gated_mlp import use_gated_products
 from rollouts.models.load import cast_parameters
 from rollouts.models.products import use_fast_products
+from rollouts.models.rotated_heads import use_rotated_heads
 from rollouts.training.backends.loss_model import LossModel
 from rollouts.training.backends.master_weights import MasterWeights
 from rollouts.training.backends.optimizers import (
@@ -121,6 +122,7 @@ class PyTorchTrainingBackend:
         self._loss_model = LossModel(model)
         use_fast_products(model)
         use_gated_products(model)
+        use_rotated_heads(model)
         if activation_checkpointing:
             _checkpoint_activations(model)
         if compile:
