@@ -36,7 +36,7 @@ def test_of_all_orders_only_the_list_backwards_is_rewarded(letters: str) -> None
 
 
 def test_every_algorithm_is_measured() -> None:
-    assert set(ARMS) == {*ALGORITHMS, "dpo"}
+    assert set(ARMS) == {*ALGORITHMS, "ppo_shared", "dpo"}
 
 
 def test_a_seed_is_up_only_where_the_intervals_are_apart() -> None:
