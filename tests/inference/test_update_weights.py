@@ -250,7 +250,7 @@ def test_an_update_of_shared_weights_costs_no_copy(engine: EmbeddedEngine) -> No
     """Under 5 ms whatever the model's size, since nothing of its size happens."""
     engine.update_weights().wait(60)
     times = []
-    for _ in range(5):
+    for _ in range(21):  # a busy machine slows some of them
         started = time.perf_counter()
         engine.update_weights().wait(60)
         times.append(time.perf_counter() - started)
@@ -270,7 +270,7 @@ def test_an_update_of_125_million_parameters_takes_no_time_and_no_memory(dtype: 
     with EmbeddedEngine(model, max_length=64, max_rows=2) as engine:
         before = engine.generate_batch([prompt], params)[0]
         held, times = process.memory_info().rss, []
-        for _ in range(5):
+        for _ in range(21):
             with engine.paused(), torch.no_grad():
                 model.lm_head.weight.mul_(-1.01)
             start = time.perf_counter()
@@ -279,4 +279,4 @@ def test_an_update_of_125_million_parameters_takes_no_time_and_no_memory(dtype: 
         after = engine.generate_batch([prompt], params)[0]
         assert process.memory_info().rss - held < 64e6  # the smallest copy would be 250 MB
     assert min(times) < 0.005
-    assert after.token_ids != before.token_ids and after.weight_version == 5
+    assert after.token_ids != before.token_ids and after.weight_version == 21
