@@ -8,7 +8,7 @@ import os
 import platform
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
@@ -75,6 +76,25 @@ def compiled_step() -> None:
 
     if native_library() is None:
         pytest.skip("runs repeat to the last bit by the engine's compiled step alone, which needs Linux and g++")
+
+
+@pytest.fixture
+def same_on_any_threads() -> Callable[[Callable[[], Sequence[torch.Tensor]]], Sequence[torch.Tensor]]:
+    """``same_on_any_threads(compute)`` -> tensors that are the same to the last bit on 1, 2 and 3 threads."""
+    import torch
+
+    def check(compute: Callable[[], Sequence[torch.Tensor]]) -> Sequence[torch.Tensor]:
+        before, results = torch.get_num_threads(), []
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(compute())
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+        return results[0]
+
+    return check
 
 
 PEOPLE = "Anna Boris Clara David Elena Farid Grace Hugo Irina Jonas Kamila Leo Marta Nadia Oscar Priya"

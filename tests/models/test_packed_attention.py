@@ -293,7 +293,9 @@ def test_a_model_in_bfloat16_computes_attention_in_it_unless_prefixes_are_shared
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_half)])
-def test_attention_does_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
+def test_attention_does_not_depend_on_the_number_of_threads(
+    dtype: torch.dtype, same_on_any_threads: Callable[..., Any]
+) -> None:
     """Several sequences go on from one prefix, whose gradients they all add to."""
     torch.manual_seed(0)
     lengths = [300, *[20] * 7] * 12
@@ -301,15 +303,11 @@ def test_attention_does_not_depend_on_the_number_of_threads(dtype: torch.dtype) 
     prefixes = torch.tensor([(0, 0) if i % 8 == 0 else bounds[i // 8 * 8 :][:2].tolist() for i in range(96)])
     shapes = [(sum(lengths), heads, 16) for heads in (4, 1, 1, 4)]
     tensors = [torch.randn(shape, dtype=dtype)[None].transpose(1, 2) for shape in shapes]
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            query, key, value = (x.clone().requires_grad_() for x in tensors[:3])
-            out, lse = packed_attention_cpu(query, key, value, bounds, 0.25, prefixes.to(torch.int32))
-            out.backward(tensors[3])
-            results.append([out.detach(), lse.detach(), query.grad, key.grad, value.grad])
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+    def compute() -> list[torch.Tensor]:
+        query, key, value = (x.clone().requires_grad_() for x in tensors[:3])
+        out, lse = packed_attention_cpu(query, key, value, bounds, 0.25, prefixes.to(torch.int32))
+        out.backward(tensors[3])
+        return [out.detach(), lse.detach(), query.grad, key.grad, value.grad]
+
+    same_on_any_threads(compute)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -54,19 +56,13 @@ def test_products_are_those_of_float64(m: int, k: int, n: int, left: bool, right
 
 
 @needs_compiled
-def test_the_compiled_way_is_taken_and_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiled_way_is_taken_and_does_not_depend_on_threads(
+    monkeypatch: pytest.MonkeyPatch, same_on_any_threads: Callable[..., Any]
+) -> None:
     a, b = matrix(300, 128, False), matrix(128, 96, True)
-    before = torch.get_num_threads()
-    try:
-        outs = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            outs.append(product(a, b))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(out, outs[0]) for out in outs)
+    [out] = same_on_any_threads(lambda: [product(a, b)])
     monkeypatch.setattr(torch.Tensor, "__matmul__", None)
-    assert torch.equal(product(a, b), outs[0])  # without torch's product
+    assert torch.equal(product(a, b), out)  # without torch's product
 
 
 @needs_compiled

@@ -16,6 +16,7 @@ from typing import Any
 from rollouts.errors import UserError
 from rollouts.training.functions import load_function, nearest
 from rollouts.training.rewards import answers, judge, reward_model, shape, symbolic
+from rollouts.training.rewards.worker import unwrapped
 from rollouts.training.types import Sample
 
 Reward = float | dict[str, float]
@@ -107,13 +108,6 @@ def load_rewards(specs: RewardLike | Sequence[RewardLike]) -> list[NamedReward]:
     if twice := {n for n in names if names.count(n) > 1}:
         raise UserError(f"two rewards are called {sorted(twice)[0]!r}: give one of them another name")
     return rewards
-
-
-def unwrapped(function: Any) -> Any:
-    """The function inside ``functools.partial``s."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function
 
 
 def _check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:

@@ -40,8 +40,8 @@ import anyio.to_thread
 
 from rollouts.errors import UserError
 from rollouts.training.rewards.process_pool import ProcessPool, Unsendable, WorkerDied
-from rollouts.training.rewards.registry import CHEAP, NamedReward, Reward, RewardLike, load_rewards, unwrapped
-from rollouts.training.rewards.worker import NotAReward, call, checked, describe, prepare
+from rollouts.training.rewards.registry import CHEAP, NamedReward, Reward, RewardLike, load_rewards
+from rollouts.training.rewards.worker import NotAReward, call, checked, describe, prepare, unwrapped
 from rollouts.training.types import Sample, SampleStatus
 
 log = logging.getLogger(__name__)

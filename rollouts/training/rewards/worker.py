@@ -80,11 +80,17 @@ class NotAReward(Exception):
     """What a reward function gave back is no reward; the message says what it was."""
 
 
+def unwrapped(function: Any) -> Any:
+    """The function inside ``functools.partial``s."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
 def prepare(function: Callable[..., Any]) -> None:
     """Load what takes long before the first sample's time begins: what its ``prepare`` loads, or an event loop."""
     options = getattr(function, "keywords", {})  # of a functools.partial
-    while isinstance(function, functools.partial):
-        function = function.func
+    function = unwrapped(function)
     if ready := getattr(function, "prepare", None):
         ready(**options)
     if inspect.iscoroutinefunction(function):
