@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import logging
 import random
 import threading
@@ -86,7 +85,8 @@ def is_permanent(error: BaseException) -> bool:
 
 async def persist(attempt: Callable[[], Awaitable[T]], max_retries: int = 5, first: float = 0.5) -> T:
     """``attempt()``, again after a growing wait when it fails; raises what no retry mends, and the last failure."""
-    for failures in itertools.count():
+    failures = 0
+    while True:
         try:
             return await attempt()
         except Exception as error:
@@ -94,7 +94,7 @@ async def persist(attempt: Callable[[], Awaitable[T]], max_retries: int = 5, fir
                 raise
             logger.warning("failed and is tried again: %r", error)
             await anyio.sleep(backoff(failures, first))
-    raise AssertionError("counting never ends")
+            failures += 1
 
 
 def backoff(attempt: int, first: float) -> float:
