@@ -6,8 +6,9 @@
                  └─ requeued ─┘            │           │
                  └─ stale ─────────────────┴───────────┘
 
-A rejected group is dropped once it is certain to stand before the end of the next batch. One behind that end stays open,
-as a ready one does, for the next weights to answer: else whether it was judged in time would decide what is learned.
+A rejected group is dropped once it is certain to stand before the end of the next batch. One behind that end stays
+open, as a ready one does, for the next weights to answer: else whether it was judged in time would decide what is
+learned.
 
 A checkpoint holds how many prompts were dealt, the frontier (all dealt before it are closed: consumed or dropped) and
 every open group from there on. A group that was in flight is waiting again when it is loaded, under the same attempt
