@@ -78,7 +78,9 @@ def curve_chart(name: str, what: str, curves: Mapping[str, Points]) -> str:
     width, height, left, bottom, top = 440, 240, 46, 26, 8
     last_step = max(int(train[-1][0]), 2)
     running = running_mean(train, 0.95)
-    values = [y for _, y in [*running, *validation]]
+    steps = sorted(y for _, y in train)
+    usual = steps[len(steps) // 40 : len(steps) - len(steps) // 40]  # what sticks out of a long run does not flatten it
+    values = [*usual, *(y for _, y in [*running, *validation])]
     high, low = max(*values, 0.0), min(*values, 0.0)
     high = high if high > low else 1.0
     tick = nice_step((high - low) / 4)

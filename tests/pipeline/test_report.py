@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollouts.pipeline.charts import nice_step, running_mean
+from rollouts.pipeline.charts import curve_chart, nice_step, running_mean
 from rollouts.pipeline.evaluation import summarize, wilson_interval
 from rollouts.pipeline.report import render_markdown
 from rollouts.pipeline.report_page import render_page
@@ -196,3 +196,14 @@ def test_running_mean_starts_at_the_first_value_and_stays_within(values: list[fl
     assert smooth[0][1] == pytest.approx(values[0])
     assert all(min(values) - 1e-9 <= y <= max(values) + 1e-9 for _, y in smooth)
     json.dumps(smooth)
+
+
+def ticks_of(values: list[float]) -> list[float]:
+    svg = curve_chart("rl", "reward", {"train": list(enumerate(values, 1)), "validation": []})
+    return [float(text) for text in re.findall(r'text-anchor="end">([^<]+)<', svg)]
+
+
+def test_a_short_run_is_seen_whole_and_a_long_one_is_not_flattened_by_a_spike() -> None:
+    short = ticks_of([0.4, 0.4, 0.5, 0.7, 0.9, -0.2])
+    assert min(short) <= -0.2 and max(short) >= 0.9
+    assert max(ticks_of([0.5] * 199 + [100.0])) < 10
